@@ -1,0 +1,34 @@
+"""Train language models on longer sequences: ``torch.compile(model, backend="mst")``.
+
+Importing this package is not needed for that. It offers ``explain`` and ``reports``, which say what the
+backend did and why.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from mst_fx.report import RegionReport as RegionReport
+from mst_fx.report import Report as Report
+
+if TYPE_CHECKING:
+    from mst_fx.explain import explain as explain
+
+__version__ = version("mst_fx")
+__all__ = ["RegionReport", "Report", "__version__", "explain", "reports"]
+
+
+def reports() -> list[Report]:
+    """Return the reports of what the backend compiled in this process, oldest first."""
+    from mst_fx.backend import reports as found
+
+    return found()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "explain":
+        from mst_fx.explain import explain
+
+        return explain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,72 @@
+"""``torch.compile(model, backend="mst")``: options -> passes -> Inductor.
+
+The entry point group ``torch_dynamo_backends`` names ``mst``; nothing need be imported. Torch loads the
+entry point when ``torch.compile`` is called, before Dynamo traces, so the few settings that joining
+graphs needs are made here, at import.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx import inductor
+from mst_fx.config import Config
+from mst_fx.lazy_logits import build_outputs
+from mst_fx.pipeline import run_passes
+from mst_fx.report import Report
+
+_reports: list[Report] = []
+
+
+def mst(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its MLPs and its loss chunked.
+
+    Args:
+        gm: Graph in torch IR, from Dynamo.
+        example_inputs: Its (fake) inputs.
+        options: Ours (``mst.*``) and Inductor's.
+        mode: As for ``torch.compile``.
+
+    Raises:
+        OptionError: (a ``ValueError``) on an unknown ``mst.`` option or a bad value.
+    """
+    config = Config.parse(options, inductor.mode_options(mode))
+    join_graphs()
+    module, report, logits = run_passes(gm, config)
+    _reports.append(report)
+    count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
+    compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor))
+    if not logits:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        return build_outputs(compiled(*args), args, logits, count)
+
+    return run
+
+
+def reports() -> list[Report]:
+    """Return the reports of what was compiled in this process, oldest first."""
+    return list(_reports)
+
+
+def join_graphs() -> None:
+    """Keep one log line of Transformers from breaking the graph between head and loss.
+
+    ``PreTrainedModel.loss_function`` calls ``logger.warning_once`` for models without a loss type (GPT-2 and
+    others). Dynamo breaks there unless it is told to ignore the method.
+    """
+    once = getattr(logging.Logger, "warning_once", None)
+    if once is not None:
+        torch._dynamo.config.ignore_logging_functions.add(once)  # pyright: ignore

@@ -1,0 +1,220 @@
+"""Bodies: a region's forward and backward over one chunk, as FX graphs of ATen ops.
+
+Terms:
+    body: graph over ``(*chunked, *shared, [seed])``; chunked inputs are ``[C, ...]`` with symbolic ``C``.
+    peeled product: the gradient of a shared weight is ``a.T @ b``, summed over the chunk's tokens. That
+        last product is cut off; the body returns ``a`` and ``b`` and the loop adds into one accumulator.
+
+The backward is traced from autograd once, when the graph is compiled: inside a registered op autograd is
+off. It covers exactly the inputs that need gradients, so a frozen weight costs no product.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mst_fx.inductor import symbolic_inputs
+
+aten = torch.ops.aten
+_LAYOUT = {aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default,
+           aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default, aten._to_copy.default,
+           aten.clone.default}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a body input looks like. ``shape`` leaves out the rows of a chunked input."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...] | None = None
+    needs_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Body:
+    """A region lifted out: its row-form graph and what goes in."""
+
+    graph: fx.GraphModule
+    chunked: tuple[InputSpec, ...]
+    shared: tuple[InputSpec, ...]
+    has_seed: bool
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Chunked inputs, then shared ones."""
+        return self.chunked + self.shared
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """Positions of the inputs that need gradients."""
+        return tuple(i for i, spec in enumerate(self.inputs) if spec.needs_grad)
+
+    def digest(self, *settings: Any) -> str:
+        """Hash the body's content: code, constants, inputs, and the settings it is compiled under."""
+        text = "\n".join([self.graph.code, repr(self.chunked), repr(self.shared), torch.__version__, repr(settings)])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a shared input's gradient: which outputs of the body, and the layout put on the sum."""
+
+    outputs: tuple[int, ...]
+    """Two positions: ``a [K, C]`` and ``b [C, N]`` of a peeled product. One: a partial sum."""
+    shape: tuple[int, ...]
+    layout: fx.GraphModule | None
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Graph of ``(*chunked, *shared, [seed], *tangents)`` and how its outputs become gradients."""
+
+    graph: fx.GraphModule
+    chunked: dict[int, int | None]
+    """Chunked input -> output that holds its rows' gradient, None where it is zero."""
+    shared: dict[int, tuple[Term, ...]]
+    """Shared input (counted from 0) -> the terms of its gradient."""
+    example_inputs: Sequence[Any] = field(repr=False, default=())
+
+
+def trace_forward(body: Body, rows: int) -> tuple[fx.GraphModule, list[Any]]:
+    """Trace the forward for symbolic rows with example value ``rows``."""
+    inputs = symbolic_inputs(body, rows)
+    return _trace(lambda *xs: body.graph(*xs), inputs), inputs
+
+
+def trace_backward(body: Body, rows: int) -> Backward:
+    """Trace the gradients of the outputs with respect to the inputs that need them."""
+    inputs = symbolic_inputs(body, rows)
+    with torch.no_grad():
+        outs = [o for o in body.graph(*inputs)]
+    differentiable = _differentiable(body, inputs)
+    tangents = [torch.empty_like(outs[i]) for i in differentiable]
+
+    def gradients(*flat: Any) -> list[Any]:
+        xs, ts = flat[: len(inputs)], flat[len(inputs) :]
+        leaves, results = _run_with_grad(body, xs)
+        return list(torch.autograd.grad([results[i] for i in differentiable], leaves, list(ts), allow_unused=True))
+
+    return _peel(body, _trace(gradients, [*inputs, *tangents]), [*inputs, *tangents], leading=0)
+
+
+def trace_sum(body: Body, rows: int) -> Backward:
+    """Trace the sum of the (only) output in fp32, and that sum's gradients, in one graph; output 0 is the sum."""
+    inputs = symbolic_inputs(body, rows)
+
+    def total_and_gradients(*xs: Any) -> list[Any]:
+        leaves, (loss,) = _run_with_grad(body, xs)
+        total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
+        return [total.detach(), *torch.autograd.grad(total, leaves, allow_unused=True)]
+
+    return _peel(body, _trace(total_and_gradients, inputs), inputs, leading=1)
+
+
+def _run_with_grad(body: Body, xs: Sequence[Any]) -> tuple[list[Any], Any]:
+    wanted = set(body.needs)
+    with torch.enable_grad():
+        xs = [x.detach().requires_grad_(i in wanted) if isinstance(x, torch.Tensor) else x for i, x in enumerate(xs)]
+        return [xs[i] for i in body.needs], body.graph(*xs)
+
+
+def _differentiable(body: Body, inputs: Sequence[Any]) -> list[int]:
+    _, outs = _run_with_grad(body, inputs)
+    return [i for i, o in enumerate(outs) if o.requires_grad]
+
+
+def differentiable_outputs(body: Body) -> list[int]:
+    """Return the positions of the outputs that depend on an input that needs a gradient."""
+    return _differentiable(body, symbolic_inputs(body, 8))
+
+
+def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    with torch.inference_mode(False), _no_autocast(inputs):
+        traced = make_fx(fn, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _no_autocast(inputs: Sequence[Any]) -> Any:
+    device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+    return torch.autocast(device, enabled=False)
+
+
+# -- peeling -----------------------------------------------------------------------------------------
+
+
+def _peel(body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int) -> Backward:
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    results = list(output.args[0])
+    kept: list[fx.Node] = results[:leading]
+    chunked: dict[int, int | None] = {}
+    shared: dict[int, tuple[Term, ...]] = {}
+
+    def keep(node: fx.Node) -> int:
+        if node not in kept:
+            kept.append(node)
+        return kept.index(node)
+
+    for position, node in zip(body.needs, results[leading:], strict=True):
+        if position < len(body.chunked):
+            chunked[position] = None if node is None else keep(node)
+        else:
+            terms = [] if node is None else _terms(graph.graph, node, [])
+            shared[position - len(body.chunked)] = tuple(
+                Term(tuple(keep(n) for n in nodes), tuple(shape), layout) for nodes, shape, layout in terms
+            )
+    output.args = (tuple(kept),)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return Backward(graph, chunked, shared, inputs)
+
+
+def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[list[fx.Node], Any, Any]]:
+    """Write a weight's gradient as a sum of terms: peeled products where possible, else partial sums."""
+    start, outer = node, list(chain)
+    while node.target in _LAYOUT and not _has_rows(node.args[0]):
+        outer.append(node)
+        node = node.args[0]  # pyright: ignore
+    if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+        left, right = node.args
+        if all(isinstance(n, fx.Node) and n.meta["val"].shape == node.meta["val"].shape for n in (left, right)):
+            return _terms(graph, left, outer) + _terms(graph, right, outer)  # pyright: ignore
+    if node.target is aten.mm.default:
+        a, b = node.args
+        if not isinstance(a.meta["val"].shape[1], int):  # pyright: ignore
+            return [([a, b], node.meta["val"].shape, _layout(outer, node))]  # pyright: ignore
+    if node.target is aten.sum.dim_IntList and node.meta["val"].dtype in (torch.bfloat16, torch.float16):
+        with graph.inserting_after(node):
+            wide = graph.call_function(node.target, node.args, {**node.kwargs, "dtype": torch.float32})
+        wide.meta["val"] = node.meta["val"].float()
+        return [([wide], node.meta["val"].shape, _layout(outer, node))]
+    return [([start], start.meta["val"].shape, _layout(list(chain), start))]
+
+
+def _has_rows(node: Any) -> bool:
+    return any(not isinstance(s, int) for s in node.meta["val"].shape)
+
+
+def _layout(outer: list[fx.Node], source: fx.Node) -> fx.GraphModule | None:
+    """Return what is applied to the sum: the layout ops between the product and the gradient."""
+    if not outer:
+        return None
+    graph = fx.Graph()
+    value = graph.placeholder("total")
+    for node in reversed(outer):
+        value = graph.call_function(node.target, (value, *node.args[1:]), node.kwargs)  # pyright: ignore
+    graph.output(value)
+    return fx.GraphModule(torch.nn.Module(), graph)

@@ -1,0 +1,213 @@
+"""What the chunking passes share: from a legal region to a planned, compiled, rewritten one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
+from mst_fx.config import Config
+from mst_fx.graph import fake, fake_tensor
+from mst_fx.inductor import compile_body
+from mst_fx.lazy_logits import LogitsSpec
+from mst_fx.lift import Lifted, Output
+from mst_fx.ops import BODIES, CompiledBody
+from mst_fx.plan import ChunkPlan, plan_chunks
+from mst_fx.region import Region
+from mst_fx.report import Mismatch, RegionReport
+from mst_fx.rewrite import find_place, replace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Graph:
+    """One graph to work on: the outermost one or that of a checkpointed block."""
+
+    module: fx.GraphModule
+    outer: dict[fx.Node, fx.Node]
+    """For a checkpointed block, placeholders -> the caller's values."""
+    ambient: Callable[[], contextlib.AbstractContextManager[Any]]
+    """The autocast state the graph runs under."""
+    checkpointed: bool
+
+
+@dataclass
+class Context:
+    """What a pass works with and adds to."""
+
+    config: Config
+    fake_mode: Any
+    reports: list[RegionReport] = field(default_factory=list)
+    bodies: dict[str, str] = field(default_factory=dict)
+    logits: list[LogitsSpec] = field(default_factory=list)
+    compile_bodies: bool = True
+    """False for ``explain``, which runs the graph before the rewrite."""
+
+
+class BodyError(Exception):
+    """A body could not be traced or compiled; the region stays as it was."""
+
+
+def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
+    """Decide on chunk sizes from shapes."""
+    region = lifted.region
+    hint = lifted.tokens if isinstance(lifted.tokens, int) else size_hint(lifted.tokens)
+    wide = wide_bytes(region, lifted)
+    trains = lifted.trains
+    narrow = sum(_row_bytes(s.shape, s.dtype) for s in lifted.body.chunked) + sum(
+        _row_bytes((), _dtype(o.node)) * max(1, _features(o)) for o in lifted.outputs
+    )
+    itemsize = 4 if context.config.accumulate == "float32" else 0
+    accumulators = sum(math.prod(s.shape) * max(itemsize, s.dtype.itemsize) for s in lifted.body.shared if s.needs_grad)
+    plan = plan_chunks(
+        region.kind, hint, wide * (2 if trains else 1), narrow, accumulators if trains else 0, context.config.chunk_tokens
+    )
+    return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
+
+
+def size_hint(size: Any) -> int:
+    """Return the example value of a symbolic size, without a guard."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint) if hint is not None else 2**14
+
+
+def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
+    """Return the bytes per token of the region's wide values, views counted once."""
+    seen: dict[int, int] = {}
+    tokens = size_hint(lifted.tokens) if lifted is not None else 0
+    for node in region.nodes:
+        if node in region.terminals:
+            continue
+        for value in _tensors(fake(node)):
+            numel = size_hint(value.numel())
+            rows = tokens or max(1, numel // max(1, size_hint(value.shape[-1])))
+            seen[value.untyped_storage()._cdata] = max(1, numel // max(1, rows)) * value.dtype.itemsize
+    return sum(seen.values())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
+
+
+def _row_bytes(shape: Any, dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = fake_tensor(node)
+    return torch.float32 if value is None else value.dtype
+
+
+def _features(output: Output) -> int:
+    value = fake_tensor(output.node)
+    if value is None or len(output.row.kinds) != value.ndim:
+        return 1
+    return math.prod(size_hint(s) for s, k in zip(value.shape, output.row.kinds, strict=True) if not k)
+
+
+def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> str:
+    """Trace and compile what the op needs, register it, and return the body's name.
+
+    Raises:
+        BodyError: If tracing or compiling fails, or a gradient can't be formed.
+    """
+    config = context.config
+    name = body.digest(op, config.accumulate, config.compiler, config.inductor, body.needs)
+    if name in BODIES:
+        context.bodies.setdefault(name, _TEXTS.get(name, ""))
+        return name
+    options = dict(config.inductor)
+    rows = plan.chunk_tokens
+    try:
+        traced, inputs = trace_forward(body, rows)
+        outputs = _output_metas(traced)
+        differentiable = tuple(differentiable_outputs(body)) if body.needs else ()
+        text = traced.print_readable(print_output=False)
+        forward = backward = None
+        if op == "sum":
+            backward = trace_sum(body, rows)
+        else:
+            forward = compile_body(traced, inputs, config.compiler, options)
+            if differentiable:
+                backward = trace_backward(body, rows)
+        compiled = None
+        if backward is not None:
+            compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
+            text += backward.graph.print_readable(print_output=False)
+    except Exception as e:
+        raise BodyError(f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+    BODIES[name] = CompiledBody(
+        body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate
+    )
+    _TEXTS[name] = context.bodies[name] = text
+    return name
+
+
+_TEXTS: dict[str, str] = {}
+
+
+def _output_metas(traced: fx.GraphModule) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    output = next(n for n in traced.graph.nodes if n.op == "output")
+    metas = [n.meta["val"] for n in output.args[0]]
+    return tuple((tuple(int(s) for s in m.shape[1:]), m.dtype) for m in metas)
+
+
+def chunk_region(
+    lifted: Lifted, op: str, reductions: dict[Output, str], context: Context, note: str = ""
+) -> RegionReport:
+    """Plan, compile and rewrite one lifted region, or report why it stays."""
+    region = lifted.region
+    plan = plan_region(lifted, context)
+    if isinstance(plan, Mismatch):
+        return skipped(region, plan.reason, lifted)
+    place = find_place(lifted)
+    if isinstance(place, Mismatch):
+        return skipped(region, place.reason, lifted)
+    try:
+        name = compile_region(lifted.body, op, plan, context)
+    except BodyError as e:
+        _warn_once(f"mst leaves the region at {region.source} as it was: {e}")
+        log.debug("body failed", exc_info=True)
+        return skipped(region, f"not supported: {e}", lifted)
+    replace(lifted, place, op, name, plan.chunk_tokens, reductions)
+    how = {"sum": "gradients formed in the forward", "map": "recomputed in the backward"}[op]
+    return RegionReport(
+        region.kind, region.source, _tokens(lifted), plan.chunk_tokens, plan.num_chunks, plan.bytes_before,
+        plan.bytes_after, "chunked", (how if lifted.trains else "forward only") + note,
+    )  # fmt: skip
+
+
+def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> RegionReport:
+    """Report a region left as it was."""
+    value = fake_tensor(region.amplifiers[0])
+    tokens: Any = "?"
+    if lifted is not None:
+        tokens = _tokens(lifted)
+    elif value is not None:
+        count = math.prod(value.shape[:-1])
+        tokens = count if isinstance(count, int) else str(count)
+    hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
+    wide = hint * wide_bytes(region, lifted)
+    return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason)
+
+
+def _tokens(lifted: Lifted) -> int | str:
+    return lifted.tokens if isinstance(lifted.tokens, int) else str(lifted.tokens)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)

@@ -1,0 +1,46 @@
+"""``explain(fn)(*args)``: what the backend would do, without compiling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.backend import join_graphs
+from mst_fx.config import Config
+from mst_fx.pipeline import run_passes
+from mst_fx.report import Report, join_reports
+
+
+def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
+    """Return a function that runs ``fn`` once, traced and uncompiled, and reports on its graphs.
+
+    The calling convention is that of ``torch._dynamo.explain``.
+
+    Args:
+        fn: A model or a function.
+        options: As for ``torch.compile``; ``mst.*`` keys are honoured.
+
+    Raises:
+        OptionError: (a ``ValueError``) on an unknown ``mst.`` option or a bad value.
+    """
+    config = Config.parse({**(options or {}), "mst.compiler": "aot_eager"})
+
+    def inner(*args: Any, **kwargs: Any) -> Report:
+        found: list[Report] = []
+
+        def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            found.append(run_passes(gm, config)[1])
+            return gm.forward
+
+        torch._dynamo.reset()
+        join_graphs()
+        try:
+            torch.compile(fn, backend=record)(*args, **kwargs)
+        finally:
+            torch._dynamo.reset()
+        return join_reports(found)
+
+    return inner

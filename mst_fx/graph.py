@@ -1,0 +1,129 @@
+"""Typed access to FX: fake values, sources, walking with autocast in force, what mutates what."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
+
+
+def fake(node: fx.Node) -> Any:
+    """Return the fake value Dynamo left on a node; a tensor, a number or a nest of these."""
+    return node.meta.get("example_value")
+
+
+def fake_tensor(node: Any) -> torch.Tensor | None:
+    """Return the fake value if it is one tensor."""
+    value = fake(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def source_of(node: fx.Node) -> str:
+    """Return ``file:line`` of the user's code that made the node, "<unknown>" without a record."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in', node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if "/torch/nn/" not in f[0]] or frames
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else "<unknown>"
+
+
+def checkpoint_bodies(module: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
+    """Return the checkpoint calls of a graph with the graphs they run."""
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target is CHECKPOINT]
+    return [(n, getattr(module, n.args[0].target)) for n in calls]
+
+
+@contextmanager
+def walking(module: fx.GraphModule) -> Iterator[Iterator[fx.Node]]:
+    """Iterate over the nodes in order, each under the autocast state its place in the graph has."""
+    with ExitStack() as stack:
+        opened: dict[fx.Node, Any] = {}
+
+        def nodes() -> Iterator[fx.Node]:
+            for node in module.graph.nodes:
+                if node.target is _ENTER:
+                    opened[node] = _ENTER(*node.args)
+                    stack.callback(_leave, opened, node)
+                elif node.target is _EXIT:
+                    _leave(opened, node.args[0])
+                else:
+                    yield node
+
+        yield nodes()
+
+
+def _leave(opened: dict[Any, Any], node: Any) -> None:
+    mode = opened.pop(node, None)
+    if mode is not None:
+        _EXIT(mode)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a Dynamo node changes one of its arguments."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if node.kwargs.get("inplace") is True or "out" in node.kwargs or node.target is operator.setitem:
+        return True
+    name = getattr(node.target, "__name__", "")
+    module = getattr(node.target, "__module__", "")
+    if module == "_operator" and name.startswith("i") and name not in ("is_", "is_not", "inv", "invert", "index", "indexOf"):
+        return True
+    return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_", "is_")
+
+
+def storages(node: fx.Node) -> set[int]:
+    """Return the identities of the storages behind a node's fake value."""
+    found = []
+    fx.map_arg((node,), lambda n: found.append(fake(n)))
+    tensors = [t for v in found for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, torch.Tensor)]
+    return {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
+
+
+def mutated_storages(node: fx.Node) -> set[int]:
+    """Return the storages an in-place node may change: those of all its tensor arguments."""
+    return set().union(*(storages(n) for n in node.all_input_nodes)) if is_in_place(node) else set()
+
+
+def is_parameter_like(node: Any, outer: dict[fx.Node, fx.Node] | None = None) -> bool:
+    """Whether a value comes from parameters and buffers alone, whatever is computed of them."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        while outer and current in outer:
+            current = outer[current]
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            value = fake_tensor(current)
+            named = re.search(r"parameters_|buffers_", str(current.target))
+            if value is not None and not isinstance(value, torch.nn.Parameter) and not named:
+                return False
+        stack += current.all_input_nodes
+    return True
+
+
+_LAYOUT_METHODS = {"t", "T", "transpose", "permute", "contiguous", "to", "float", "bfloat16", "half", "view", "reshape", "mT"}
+
+
+def layout_root(node: Any) -> Any:
+    """Follow views, transposes and casts back to the value they show."""
+    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if name == "getattr" and node.args[1] in ("T", "mT"):
+            name = "T"
+        if name not in _LAYOUT_METHODS:
+            return node
+        node = node.args[0]
+    return node

@@ -1,0 +1,76 @@
+"""The seam to torch's compiler: the only file that imports private torch.
+
+Facts this file rests on (seen on 2.11 and 2.13):
+    * A body compiles inside a backend through ``compile_fx`` under a ``TracingContext`` of its own fake mode.
+    * Fake tensors made from one symbolic size share that symbol; no placeholder for it is needed.
+    * The AOT cache refuses graphs that call plain Python functions; registered ops are fine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+__all__ = ["compile_body", "compile_graph", "detect_fake_mode", "mode_options", "symbolic_inputs"]
+
+MINIMUM_TORCH = (2, 11)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Return the Inductor options that ``torch.compile(mode=...)`` stands for."""
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def symbolic_inputs(body: Any, rows: int) -> list[Any]:
+    """Make fake inputs of a body whose chunked inputs share one symbolic number of rows."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    # Sizes 0 and 1 are specialized, so the example value is at least 2.
+    size = mode.from_tensor(torch.empty(max(rows, 2)), symbolic_context=context).shape[0]
+    with mode:
+        inputs: list[Any] = [torch.empty((size, *s.shape), dtype=s.dtype, device=s.device) for s in body.chunked]
+        inputs += [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in body.shared]
+        if body.has_seed:
+            inputs.append(torch.empty((), dtype=torch.int64))
+    return inputs
+
+
+def compile_body(
+    graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a body's graph; returns a function of real inputs that gives a sequence."""
+    if compiler == "aot_eager":
+        return graph
+    mode = detect_fake_mode(inputs)
+    assert mode is not None
+    with tracing(TracingContext(mode)), torch.no_grad():
+        return compile_fx(copy.deepcopy(graph), list(inputs), config_patches=options or None)  # pyright: ignore
+
+
+def compile_graph(
+    graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
+    if compiler == "aot_eager":
+        return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
+    return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
+
+
+def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    return boxed_nop(graph, inputs)  # pyright: ignore

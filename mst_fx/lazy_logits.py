@@ -1,0 +1,198 @@
+"""Stands in for logits whose loss was chunked: computes them when first touched.
+
+HF models return ``loss`` and ``logits``; most training loops never read the second. ``LazyLogits`` has the
+shape, dtype and device of the logits, holds the hidden states, and stays lazy through ``detach``,
+``float`` and ``to``. Anything else computes the logits through the same head.
+
+Danger:
+    Touched after the head's weights have changed it raises rather than show other logits.
+    Gradients do not flow through it; asking for them raises. ``mst.logits="keep"`` keeps real logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """How to build one lazy value from a graph's arguments and outputs."""
+
+    slot: int
+    """Position in the graph's outputs."""
+    head: Callable[..., Any] | None
+    """Row form of the head over ``(*rows, *shared)``; None drops the logits."""
+    sources: tuple[tuple[str, int], ...] = ()
+    """("arg" | "out", position) for every input of the head, chunked ones first."""
+    num_chunked: int = 0
+    flattened: tuple[tuple[int, ...], ...] = ()
+    """For each chunked input the order that brings its token dimensions to the front, then their number."""
+    shape: tuple[Any, ...] = ()
+    """Per dimension an int, or (source, dimension) to read it off at run time."""
+    order: tuple[int, ...] = ()
+    """Permutation from (tokens, features) to the logits' own dimensions."""
+    dtype: torch.dtype = torch.float32
+    requires_grad: bool = False
+
+
+class _Deferred:
+    """The computation behind one or several lazy tensors."""
+
+    def __init__(self, spec: LogitsSpec, inputs: Sequence[torch.Tensor]) -> None:
+        self.spec = spec
+        self.inputs = list(inputs)
+        self.versions = [_version(t) for t in inputs]
+        self.shape = tuple(s if isinstance(s, int) else self.inputs[s[0]].shape[s[1]] for s in spec.shape)
+        self.value: torch.Tensor | None = None
+
+    def compute(self) -> torch.Tensor:
+        """Return the logits, computed once.
+
+        Raises:
+            RuntimeError: If the weights have changed since the forward.
+        """
+        if self.value is None:
+            if [_version(t) for t in self.inputs] != self.versions:
+                raise RuntimeError(
+                    "these logits were not computed in the forward (their loss was chunked), and the model's weights "
+                    "have changed since, so they can't be computed any more. Read them before the optimizer step, or "
+                    'compile with options={"mst.logits": "keep"}.'
+                )
+            assert self.spec.head is not None
+            with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
+                rows = [
+                    t.permute(order[:-1]).flatten(0, order[-1] - 1) if order[-1] else t.unsqueeze(0)
+                    for t, order in zip(self.inputs, self.spec.flattened, strict=False)
+                ]
+                out = self.spec.head(*rows, *self.inputs[self.spec.num_chunked :])[0]
+                sizes = [self.shape[d] for d in self.spec.order]
+                back = [self.spec.order.index(d) for d in range(len(sizes))]
+                self.value = out.reshape(sizes).permute(back)
+            self.inputs = []
+        return self.value
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _NoGradient(torch.autograd.Function):
+    """Identity that refuses a gradient with a sentence."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "gradients do not flow through logits whose loss was chunked. "
+            'Compile with options={"mst.logits": "keep"} to use the returned logits in a loss of your own.'
+        )
+
+
+class LazyLogits(torch.Tensor):
+    """A tensor that is computed when it is first used. See the module's docstring."""
+
+    _deferred: _Deferred
+    _casts: tuple[torch.dtype, ...]
+
+    @staticmethod
+    def __new__(cls, deferred: _Deferred, casts: tuple[torch.dtype, ...], device: torch.device, grad: bool) -> LazyLogits:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, deferred.shape, dtype=casts[-1], device=device, requires_grad=grad
+        )
+        self._deferred, self._casts = deferred, casts
+        return self
+
+    def materialize(self) -> torch.Tensor:
+        """Return the logits as an ordinary tensor."""
+        value = self._deferred.compute()
+        for dtype in self._casts:
+            value = value.to(dtype)
+        if self.requires_grad and torch.is_grad_enabled():
+            return _NoGradient.apply(value.detach().requires_grad_())
+        return value.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().detach().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ATTRIBUTES:
+            return super().__torch_function__(func, types, args, kwargs)
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        if lazy is not None:
+            if func in (torch.Tensor.detach, torch.detach):
+                return LazyLogits(lazy._deferred, lazy._casts, lazy.device, False)
+            dtype = _cast(func, lazy, args, kwargs)
+            if dtype is not None:
+                return lazy if dtype == lazy.dtype else _recast(lazy, dtype)
+        args, kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return LazyLogits(args[0]._deferred, args[0]._casts, args[0].device, False)
+        args, kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _recast(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits:
+    grad = lazy.requires_grad and torch.is_grad_enabled()
+    return LazyLogits(lazy._deferred, (*lazy._casts, dtype), lazy.device, grad)
+
+
+_CASTS = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.half: torch.float16,
+    torch.Tensor.bfloat16: torch.bfloat16,
+    torch.Tensor.double: torch.float64,
+}
+_ATTRIBUTES = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "ndim", "layout", "is_cuda", "is_sparse",
+                 "is_quantized", "is_meta", "grad", "is_cpu", "names", "is_nested", "is_mkldnn", "itemsize", "nbytes")
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
+     torch.is_floating_point, torch.Tensor.nelement, torch.Tensor.is_complex, torch.is_complex, torch.Tensor.get_device,
+     torch.numel}  # fmt: skip
+
+
+def _cast(func: Any, lazy: LazyLogits, args: Any, kwargs: Any) -> torch.dtype | None:
+    """Return the dtype a call casts to if that is all it does."""
+    if func in _CASTS:
+        return _CASTS[func] if not kwargs else None
+    if func is not torch.Tensor.to:
+        return None
+    rest = [*args[1:], *(v for k, v in kwargs.items() if k in ("dtype", "device", "other"))]
+    if any(k not in ("dtype", "device", "non_blocking") for k in kwargs) or not rest:
+        return None
+    dtype = lazy.dtype
+    for value in rest:
+        if isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, (str, torch.device)) and torch.device(value) == lazy.device:
+            continue
+        elif not isinstance(value, bool):
+            return None
+    return dtype
+
+
+def build_outputs(outputs: Sequence[Any], args: Sequence[Any], specs: Sequence[LogitsSpec], count: int) -> list[Any]:
+    """Replace the slots of the specs in a graph's first ``count`` outputs by lazy logits (or None)."""
+    results = list(outputs[:count])
+    for spec in specs:
+        if spec.head is None:
+            results[spec.slot] = None
+            continue
+        inputs = [(args if kind == "arg" else outputs)[i].detach() for kind, i in spec.sources]
+        grad = spec.requires_grad and torch.is_grad_enabled()
+        results[spec.slot] = LazyLogits(_Deferred(spec, inputs), (spec.dtype,), inputs[0].device, grad)
+    return results

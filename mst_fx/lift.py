@@ -1,0 +1,276 @@
+"""Lifts a region out of its graph: the body, what goes in, what comes out.
+
+Steps:
+    1. Every node of the region is recorded in row form, in order, under its own autocast state.
+    2. What only depends on shared inputs and is more than a view (autocast's weight casts) moves in front
+       of the loop: it would be computed once per chunk.
+    3. Live-ins are traced back to nodes of the outer graph; outputs remember how to be given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.body import Body, InputSpec
+from mst_fx.graph import fake_tensor, source_of, walking
+from mst_fx.losses import LossCall, is_loss, per_token_loss, read_loss
+from mst_fx.region import Region, bind_results, projection_input
+from mst_fx.report import Mismatch
+from mst_fx.rows import LiveIn, MixesTokensError, Row, RowBuilder, aten, numel, same_size
+from mst_fx.tokenwise import run_node
+
+_VIEWS = {aten.permute.default, aten.view.default, aten.reshape.default, aten.t.default, aten.select.int,
+          aten.transpose.int, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Output:
+    """One value the region gives back: the node it replaces, and its place in row form."""
+
+    node: fx.Node
+    row: Row
+    loss: LossCall | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the body: an outer value and how it becomes rows (or a shared tensor)."""
+
+    node: fx.Node
+    live_in: LiveIn
+    spec: InputSpec
+
+
+@dataclass
+class Lifted:
+    """A region in row form."""
+
+    region: Region
+    body: Body
+    chunked: list[Input]
+    shared: list[Input]
+    hoisted: list[fx.Node]
+    """Computations on shared inputs put in front of the loop; each is a shared input after ``shared``."""
+    placeholders: dict[fx.Node, Input]
+    """The placeholders that ``hoisted`` computes with."""
+    outputs: list[Output]
+    tokens: Any
+    """T, an int or a SymInt."""
+    lifter: Lifter
+
+    @property
+    def trains(self) -> bool:
+        """Whether any input of the body needs a gradient."""
+        return any(spec.needs_grad for spec in self.body.inputs)
+
+
+class Lifter:
+    """Records a region's nodes into one row-form graph."""
+
+    def __init__(self, region: Region, fake_mode: Any) -> None:
+        self.region, self.fake_mode = region, fake_mode
+        self.builder = RowBuilder()
+        self.outer: dict[int, fx.Node] = {}
+        self.rows: dict[fx.Node, Row] = {}
+
+    def record(self) -> None:
+        """Record every node of the region.
+
+        Raises:
+            MixesTokensError: If a node is not token-wise after all.
+        """
+        members = set(self.region.nodes)
+        with walking(self.region.module) as nodes:
+            for node in nodes:
+                if node in members:
+                    self.record_node(node, members)
+
+    def record_node(self, node: fx.Node, members: set[fx.Node]) -> Row | None:
+        """Record one node; returns the row form of its (first) result."""
+        for n in node.all_input_nodes:
+            value = fake_tensor(n)
+            if n not in members and value is not None:
+                self.outer.setdefault(id(value), n)
+        if is_loss(node):
+            self.rows[node] = per_token_loss(self.builder, read_loss(node), self.fake_mode)
+            return self.rows[node]
+        if node in self.region.amplifiers:
+            pair = projection_input(node)
+            assert pair is not None
+            x = fake_tensor(pair[0])
+            assert x is not None
+            kinds = (True,) * (x.ndim - 1) + (False,)
+            previous = self.builder.lookup(x)
+            self.builder.bind(x, self.builder.chunked(x, kinds))
+            result = run_node(self.builder, node, self.fake_mode)
+            self.builder.unbind(x, previous)
+        else:
+            result = run_node(self.builder, node, self.fake_mode)
+        found = bind_results(self.builder, node, result)
+        if found:
+            self.rows[node] = found[0][1]
+        return self.rows.get(node)
+
+    def input_for(self, live_in: LiveIn, grad_enabled: bool) -> Input:
+        """Trace a live-in back to the outer graph."""
+        node = self.outer.get(id(live_in.tensor))
+        if node is None:
+            raise MixesTokensError("reads a value that has no place in the graph")
+        t = live_in.tensor
+        needs = grad_enabled and t.requires_grad and t.is_floating_point()
+        if live_in.kinds is None:
+            shape = tuple(live_in.shape)
+            stride = tuple(t.stride()) if shape == tuple(t.shape) else _contiguous_stride(shape)
+            if not all(isinstance(s, int) for s in stride) or 0 in stride:
+                stride = _contiguous_stride(shape)
+            return Input(node, live_in, InputSpec(shape, t.dtype, t.device, stride, needs))
+        features = tuple(s for s, k in zip(live_in.shape, live_in.kinds, strict=True) if not k)
+        if not all(isinstance(s, int) for s in features):
+            raise MixesTokensError("reads rows whose size changes with the number of tokens")
+        return Input(node, live_in, InputSpec(features, t.dtype, t.device, None, needs))
+
+
+def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
+    """Lift a region, or say why it can't be."""
+    lifter = Lifter(region, fake_mode)
+    try:
+        lifter.record()
+        outputs = [
+            Output(t, lifter.rows[t], read_loss(t) if is_loss(t) else None)
+            for t in region.terminals
+            if t.users
+        ]
+        return finish_lift(lifter, outputs)
+    except MixesTokensError as e:
+        return Mismatch(f"not supported: {e}", region.source)
+
+
+def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Lifted:
+    """Close the row-form graph with the given outputs.
+
+    Raises:
+        MixesTokensError: If inputs don't agree on the number of tokens, or a live-in can't be had.
+    """
+    region, builder = lifter.region, lifter.builder
+    grad = any(_requires_grad(o.node) for o in outputs)
+    _check_grad_mode(region, grad)
+    inputs = {node: lifter.input_for(live, grad) for live, node in builder.live_ins.values()}
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(builder.graph, copied)
+    assert result is None
+    graph.output(tuple(copied[o.row.node] for o in outputs))
+    fx.GraphModule(torch.nn.Module(), graph)
+    graph.eliminate_dead_code()
+    alive = set(graph.nodes)
+    ordered = [n for n in inputs if copied[n] in alive and copied[n].users]
+    chunked_nodes = [n for n in ordered if inputs[n].live_in.kinds is not None]
+    counts = [_tokens(inputs[n].live_in) for n in chunked_nodes]
+    if not counts or any(not same_size(c, counts[0]) for c in counts):
+        raise MixesTokensError("joins values of different numbers of tokens")
+    shared_nodes = [n for n in ordered if inputs[n].live_in.kinds is None]
+    by_copy = {copied[n]: inputs[n] for n in ordered}
+    hoisted = _hoistable(graph, [copied[n] for n in shared_nodes]) if hoist else []
+    behind = _needed(graph, set(hoisted))
+    direct = [n for n in shared_nodes if copied[n] in behind]
+    seed = copied.get(builder.seed) if builder.seed is not None else None
+    body_graph = _body_graph(graph, [copied[n] for n in chunked_nodes + direct] + hoisted, seed)
+    module = fx.GraphModule(torch.nn.Module(), body_graph)
+    module.graph.lint()
+    specs = [inputs[n].spec for n in direct] + [_run_shared(n, by_copy) for n in hoisted]
+    has_seed = any(n.op == "placeholder" and n.name == "seed" for n in body_graph.nodes)
+    chunked = [inputs[n] for n in chunked_nodes]
+    body = Body(module, tuple(i.spec for i in chunked), tuple(specs), has_seed)
+    return Lifted(region, body, chunked, [inputs[n] for n in direct], hoisted, by_copy, outputs, counts[0], lifter)
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    value = fake_tensor(node)
+    return value is not None and value.requires_grad
+
+
+def _check_grad_mode(region: Region, grad: bool) -> None:
+    """Refuse a region part of which runs under no_grad while another part trains."""
+    if not grad:
+        return
+    for node in region.nodes:
+        value = fake_tensor(node)
+        if value is None or not value.is_floating_point() or node.target in ("detach", torch.detach):
+            continue
+        if not value.requires_grad and any(_requires_grad(n) for n in node.all_input_nodes):
+            raise MixesTokensError(f"trains in one part and not in another ({source_of(node)})")
+
+
+def _tokens(live_in: LiveIn) -> Any:
+    assert live_in.kinds is not None
+    return numel([s for s, k in zip(live_in.shape, live_in.kinds, strict=True) if k])
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _hoistable(graph: fx.Graph, shared: list[fx.Node]) -> list[fx.Node]:
+    """Return the computations on shared inputs alone that are more than views, the last of each chain."""
+    pure: set[fx.Node] = set(shared)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and pure.issuperset(node.all_input_nodes):
+            pure.add(node)
+
+    def reaches_rows(node: fx.Node) -> bool:
+        return any(u not in pure or (u.target in _VIEWS and reaches_rows(u)) for u in node.users)
+
+    heavy = [n for n in graph.nodes if n in pure and n not in shared and n.target not in _VIEWS]
+    return [n for n in heavy if reaches_rows(n)]
+
+
+def _body_graph(graph: fx.Graph, inputs: list[fx.Node], seed: fx.Node | None) -> fx.Graph:
+    """Copy the part of the row-form graph behind ``inputs``, which become the placeholders."""
+    body = fx.Graph()
+    env = {n: body.placeholder(f"in_{i}") for i, n in enumerate(inputs)}
+    needed = _needed(graph, set(inputs))
+    if seed is not None and seed in needed:
+        env[seed] = body.placeholder("seed")
+    for node in graph.nodes:
+        if node.op == "call_function" and node in needed and node not in env:
+            env[node] = body.node_copy(node, lambda n: env[n])
+        elif node.op == "output":
+            body.output(fx.map_arg(node.args[0], lambda n: env[n]))
+    return body
+
+
+def _needed(graph: fx.Graph, stop: set[fx.Node]) -> set[fx.Node]:
+    needed: set[fx.Node] = set()
+    stack = [n for n in graph.nodes if n.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += [] if node in stop else node.all_input_nodes
+    return needed
+
+
+def _run_shared(node: fx.Node, inputs: dict[fx.Node, Input]) -> InputSpec:
+    """Run a hoisted computation on meta tensors to learn what its result looks like."""
+    used: list[InputSpec] = []
+
+    def run(n: fx.Node) -> Any:
+        if n in inputs:
+            spec = inputs[n].spec
+            used.append(spec)
+            return torch.empty_strided(spec.shape, spec.stride or (), dtype=spec.dtype, device="meta")
+        args, kwargs = fx.map_arg((n.args, n.kwargs), run)
+        return n.target(*args, **{k: v for k, v in kwargs.items() if k != "device"})  # pyright: ignore
+
+    value = run(node)
+    needs = value.is_floating_point() and any(spec.needs_grad for spec in used)
+    return InputSpec(tuple(value.shape), value.dtype, used[0].device, tuple(value.stride()), needs)

@@ -1,0 +1,278 @@
+"""The registered ops and their loops: the only code that runs at every step.
+
+    map:  token-wise body -> per-token outputs; its backward recomputes the body chunk by chunk.
+    sum:  body -> per-token loss, summed; forms the gradients of that sum in the same pass over the
+          chunks, so its backward only multiplies by the upstream scalar.
+
+The loop is a loop at run time: compile time and graph size do not grow with the number of chunks, and
+nothing can fuse the chunks together again. A body is named by the hash of its content, so that the name
+in a cached graph finds the same body in another process; the backend registers bodies before any cache is
+asked. Weight gradients are ordinary outputs, summed over chunks in one accumulator and cast once.
+
+Memory: outputs, one chunk's values, and an accumulator per trained weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mst_fx.body import Backward, InputSpec, Term
+from mst_fx.plan import chunk_bounds
+
+PRODUCT_BLOCK_BYTES = 4 * 2**20
+"""A product that cannot be added while it is computed goes block by block, each small enough for a cache."""
+
+
+@dataclass(frozen=True)
+class CompiledBody:
+    """A body ready to run. ``forward`` and ``backward`` are None where the graph never needs them."""
+
+    chunked: tuple[InputSpec, ...]
+    shared: tuple[InputSpec, ...]
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    """Per output, the shape of one row and the dtype."""
+    differentiable: tuple[int, ...]
+    forward: Callable[..., Any] | None
+    backward: Callable[..., Any] | None
+    plan: Backward | None
+    accumulate: str
+
+
+BODIES: dict[str, CompiledBody] = {}
+
+
+# -- map ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mst_fx::map", mutates_args=())
+def map_op(
+    chunked: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    body: str,
+    chunk_tokens: int,
+) -> list[torch.Tensor]:
+    """Run a body over chunks of rows and return its outputs for all rows, ``[T, ...]`` each."""
+    found = BODIES[body]
+    assert found.forward is not None
+    tokens, device = chunked[0].shape[0], chunked[0].device
+    outs = [torch.empty((tokens, *shape), dtype=dtype, device=device) for shape, dtype in found.outputs]
+    weights = _as_compiled(found.shared, shared)
+    for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
+        results = found.forward(*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i))
+        for out, result in zip(outs, results, strict=True):
+            out[start:end].copy_(result)
+        del results
+    return outs
+
+
+@map_op.register_fake
+def _(chunked: Any, shared: Any, seed: Any, body: str, chunk_tokens: int) -> list[torch.Tensor]:
+    tokens = chunked[0].shape[0]
+    return [chunked[0].new_empty((tokens, *shape), dtype=dtype) for shape, dtype in BODIES[body].outputs]
+
+
+@torch.library.custom_op("mst_fx::map_backward", mutates_args=())
+def map_backward_op(
+    tangents: Sequence[torch.Tensor],
+    chunked: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    body: str,
+    chunk_tokens: int,
+) -> list[torch.Tensor]:
+    """Recompute a body chunk by chunk and return the gradients of the inputs that need one, in order."""
+    return _run_backward(BODIES[body], chunked, shared, seed, tangents, chunk_tokens, None)
+
+
+@map_backward_op.register_fake
+def _(tangents: Any, chunked: Any, shared: Any, seed: Any, body: str, chunk_tokens: int) -> list[torch.Tensor]:
+    return _fake_gradients(BODIES[body], chunked, shared)
+
+
+def _map_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    chunked, shared, seed, body, chunk_tokens = inputs
+    ctx.counts = len(chunked), len(shared)
+    ctx.save_for_backward(*chunked, *shared, *([] if seed is None else [seed]))
+    ctx.body, ctx.chunk_tokens = body, chunk_tokens
+    ctx.set_materialize_grads(False)
+    fixed = [o for i, o in enumerate(output) if i not in BODIES[body].differentiable]
+    if fixed:
+        ctx.mark_non_differentiable(*fixed)
+
+
+def _map_backward(ctx: Any, grads: Any) -> Any:
+    n, m = ctx.counts
+    saved = ctx.saved_tensors
+    chunked, shared, seed = list(saved[:n]), list(saved[n : n + m]), saved[n + m] if len(saved) > n + m else None
+    found = BODIES[ctx.body]
+    tangents = []
+    for i in found.differentiable:
+        shape, dtype = found.outputs[i]
+        tangents.append(chunked[0].new_zeros((chunked[0].shape[0], *shape), dtype=dtype) if grads[i] is None else grads[i])
+    results = torch.ops.mst_fx.map_backward(tangents, chunked, shared, seed, ctx.body, ctx.chunk_tokens)
+    return *_spread(found, results, n, m), None, None, None
+
+
+torch.library.register_autograd("mst_fx::map", _map_backward, setup_context=_map_setup)
+
+
+# -- sum ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mst_fx::sum", mutates_args=())
+def sum_op(
+    chunked: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    body: str,
+    chunk_tokens: int,
+) -> list[torch.Tensor]:
+    """Return the sum of a body's per-token output in fp32, then that sum's gradients."""
+    total: list[torch.Tensor] = []
+    gradients = _run_backward(BODIES[body], chunked, shared, seed, (), chunk_tokens, total)
+    return [torch.stack(total).sum() if total else _zero(chunked[0], BODIES[body]), *gradients]
+
+
+@sum_op.register_fake
+def _(chunked: Any, shared: Any, seed: Any, body: str, chunk_tokens: int) -> list[torch.Tensor]:
+    found = BODIES[body]
+    return [_zero(chunked[0], found), *_fake_gradients(found, chunked, shared)]
+
+
+def _zero(like: torch.Tensor, found: CompiledBody) -> torch.Tensor:
+    dtype = torch.promote_types(found.outputs[0][1], torch.float32)
+    return torch.zeros((), dtype=dtype, device=like.device)
+
+
+def _sum_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    chunked, shared, _, body, _ = inputs
+    ctx.counts, ctx.body = (len(chunked), len(shared)), body
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sum_backward(ctx: Any, grads: Any) -> Any:
+    n, m = ctx.counts
+    upstream = grads[0]
+    if upstream is None:
+        return [None] * n, [None] * m, None, None, None
+    scaled = [(g * upstream).to(g.dtype) for g in ctx.saved_tensors]
+    return *_spread(BODIES[ctx.body], scaled, n, m), None, None, None
+
+
+torch.library.register_autograd("mst_fx::sum", _sum_backward, setup_context=_sum_setup)
+
+
+# -- loops -------------------------------------------------------------------------------------------
+
+
+def _run_backward(
+    found: CompiledBody, chunked: Any, shared: Any, seed: Any, tangents: Any, chunk_tokens: int, totals: list[Any] | None
+) -> list[torch.Tensor]:
+    assert found.backward is not None and found.plan is not None
+    plan, tokens = found.plan, chunked[0].shape[0]
+    rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
+    sums = {t: None for terms in plan.shared.values() for t in map(id, terms)}
+    accumulators: dict[int, torch.Tensor | None] = dict(sums)
+    weights = _as_compiled(found.shared, shared)
+    for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
+        results = found.backward(
+            *_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)
+        )
+        if totals is not None:
+            totals.append(results[0])
+        for position, output in plan.chunked.items():
+            if output is None:
+                rows[position][start:end].zero_()
+            else:
+                rows[position][start:end].copy_(results[output])
+        for position, terms in plan.shared.items():
+            for term in terms:
+                values = [results[o] for o in term.outputs]
+                accumulators[id(term)] = _accumulate(accumulators[id(term)], term, values, found, position)
+        del results
+    gradients = [rows[i] for i in plan.chunked]
+    for position, terms in plan.shared.items():
+        gradients.append(_finish(terms, accumulators, shared[position]))
+    return gradients
+
+
+def _accumulate(total: Any, term: Term, values: list[torch.Tensor], found: CompiledBody, position: int) -> torch.Tensor:
+    dtype = found.shared[position].dtype
+    if found.accumulate == "float32":
+        dtype = torch.promote_types(dtype, torch.float32)
+    if len(values) == 1:
+        return values[0].to(dtype, copy=True) if total is None else total.add_(values[0])
+    a, b = values
+    if dtype == a.dtype:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    first = total is None
+    if total is None:
+        total = torch.empty(term.shape, dtype=dtype, device=a.device)
+    if a.is_cuda:
+        if first:
+            torch.mm(a, b, out_dtype=dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=dtype, out=total)
+        return total
+    # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. A block of the product at a
+    # time stays in cache while it is added, and no second buffer of the weight's size exists.
+    step = max(1, PRODUCT_BLOCK_BYTES // (b.shape[1] * b.element_size()))
+    for start in range(0, a.shape[0], step):
+        part = torch.mm(a[start : start + step], b)
+        block = total[start : start + step]
+        block.copy_(part) if first else block.add_(part)
+    return total
+
+
+def _finish(terms: tuple[Term, ...], accumulators: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+    gradient = None
+    for term in terms:
+        total = accumulators.pop(id(term))
+        if total is None:
+            continue
+        laid = total if term.layout is None else term.layout(total)
+        laid = laid.to(like.dtype).reshape(like.shape)
+        gradient = laid if gradient is None else gradient + laid
+    return torch.zeros_like(like) if gradient is None else gradient.contiguous()
+
+
+def _fake_gradients(found: CompiledBody, chunked: Any, shared: Any) -> list[torch.Tensor]:
+    assert found.plan is not None
+    gradients = [chunked[i].new_empty(chunked[i].shape) for i in found.plan.chunked]
+    return gradients + [shared[i].new_empty(shared[i].shape) for i in found.plan.shared]
+
+
+def _spread(found: CompiledBody, results: Any, n: int, m: int) -> tuple[list[Any], list[Any]]:
+    assert found.plan is not None
+    chunked: list[Any] = [None] * n
+    shared: list[Any] = [None] * m
+    slots = [(chunked, i) for i in found.plan.chunked] + [(shared, i) for i in found.plan.shared]
+    for (where, i), value in zip(slots, results, strict=True):
+        where[i] = value
+    return chunked, shared
+
+
+def _rows(tensors: Sequence[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:
+    return [t[start:end].contiguous() for t in tensors]
+
+
+def _as_compiled(specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Give shared inputs the strides the body was compiled for; they nearly always have them."""
+    out = []
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if spec.stride is not None and tensor.stride() != spec.stride:
+            copied = torch.empty_strided(spec.shape, spec.stride, dtype=tensor.dtype, device=tensor.device)
+            tensor = copied.copy_(tensor)
+        out.append(tensor)
+    return out
+
+
+def _chunk_seed(seed: torch.Tensor | None, chunk: int) -> list[torch.Tensor]:
+    return [] if seed is None else [seed + chunk * 7919]

@@ -1,0 +1,1 @@
+"""The rewrites, one per file: find (read only), check (read only), rewrite."""

@@ -1,0 +1,49 @@
+"""Chunk wide intermediates between projections.
+
+    gate = linear(x, Wg); up = linear(x, Wu); y = linear(silu(gate) * up, Wd)
+ -> y = mst_fx.map([x], [Wg, Wu, Wd], body, C)
+
+Memory: ``T * I`` values per wide intermediate become ``C * I``, and one fp32 accumulator per trained weight.
+Not handled: a wide value that is also read by something that mixes tokens, or returned.
+"""
+
+from __future__ import annotations
+
+from mst_fx.chunking import Context, Graph, chunk_region, skipped
+from mst_fx.lift import lift
+from mst_fx.region import Region, find_regions
+from mst_fx.report import Mismatch, RegionReport
+
+
+def chunk_mlp(graph: Graph, context: Context) -> list[RegionReport]:
+    """Chunk every legal, worthwhile MLP of one graph."""
+    regions = find_regions(graph.module, context.fake_mode, graph.outer)
+    hidden = max((r.in_features for r in regions), default=0)
+    reports = []
+    for region in regions:
+        # A low-rank product widens to no more than the hidden size: nothing wide is made, nothing to report.
+        if region.kind == "mlp" and (region.legal or region.wide_features > hidden):
+            reports.append(_chunk(region, context))
+    return reports
+
+
+def _chunk(region: Region, context: Context) -> RegionReport:
+    problem = check_mlp(region)
+    if problem is not None:
+        return skipped(region, problem.reason)
+    lifted = lift(region, context.fake_mode)
+    if isinstance(lifted, Mismatch):
+        return skipped(region, lifted.reason)
+    return chunk_region(lifted, "map", {}, context)
+
+
+def check_mlp(region: Region) -> Mismatch | None:
+    """Return why a region may not be chunked, None if it may."""
+    if region.problems:
+        return Mismatch(f"not legal: {region.problems[0].reason}", region.source)
+    if region.leaving:
+        value, _ = region.leaving[0]
+        return Mismatch(f"not legal: the wide value `{value.name}` is returned", region.source)
+    if not region.terminals:
+        return Mismatch("not legal: the wide value is never narrowed again", region.source)
+    return None

@@ -1,0 +1,90 @@
+"""Spell equal things one way: hoist slices along tokens above the head.
+
+    logits = linear(h, W); loss = f(logits[:, :-1])
+ -> loss = f(linear(h[:, :-1], W))
+
+A slice of all rows is the rows of a slice: exact, and the sliced-off rows are never computed for the loss.
+The unsliced logits stay where something else (a returned output) reads them.
+Not handled: slices of logits that are token-wise computations of several tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from mst_fx.chunking import Context, Graph
+from mst_fx.graph import fake_tensor
+from mst_fx.region import AMPLIFICATION, projection_input
+from mst_fx.report import RegionReport
+
+_ELEMENTWISE = {"float", "to", "tanh", "mul", "truediv", "div", "contiguous", "bfloat16", "half"}
+
+
+def normalize(graph: Graph, context: Context) -> list[RegionReport]:
+    """Hoist every token slice whose value comes from an amplifier by elementwise steps."""
+    del context
+    for node in list(graph.module.graph.nodes):
+        chain = find_token_slice(node)
+        if chain is not None:
+            hoist_slice(graph.module.graph, node, chain)
+    return []
+
+
+def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
+    """Return the nodes from the amplifier to the sliced value if ``node`` slices tokens of one."""
+    if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    value = fake_tensor(node.args[0])
+    if value is None or not _slices_tokens(node.args[1], value.ndim):
+        return None
+    chain = [node.args[0]]
+    while True:
+        projected = projection_input(chain[-1])
+        if projected is not None:
+            x, out = fake_tensor(projected[0]), fake_tensor(chain[-1])
+            assert x is not None and out is not None
+            wide = x.ndim == out.ndim and chain[-1].op == "call_function" and chain[-1].args[0] is projected[0]
+            is_linear = getattr(chain[-1].target, "__name__", "") == "linear"
+            ok = wide and is_linear and out.shape[-1] > AMPLIFICATION * x.shape[-1]
+            return chain if ok else None
+        name = str(chain[-1].target) if chain[-1].op == "call_method" else getattr(chain[-1].target, "__name__", "")
+        if name not in _ELEMENTWISE or len(chain[-1].all_input_nodes) != 1:
+            return None
+        chain.append(chain[-1].all_input_nodes[0])
+
+
+def _slices_tokens(index: Any, ndim: int) -> bool:
+    """Whether an index only slices dimensions other than the last, by constants."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(i is Ellipsis or isinstance(i, slice) for i in items) or items.count(Ellipsis) > 1:
+        return False
+    if any(isinstance(v, fx.Node) for i in items if isinstance(i, slice) for v in (i.start, i.stop, i.step)):
+        return False
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (ndim - len(items) + 1)
+    items += [slice(None)] * (ndim - len(items))
+    return items[-1] == slice(None) and any(i not in (slice(None), slice(0, None)) for i in items)
+
+
+def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
+    """Recompute the chain on the sliced input of its amplifier, in place of the slice."""
+    amplifier = chain[-1]
+    x = amplifier.args[0]
+    assert isinstance(x, fx.Node)
+    with graph.inserting_before(node):
+        value = graph.call_function(operator.getitem, (x, node.args[1]))
+        env = {x: value}
+        for old in reversed(chain):
+            new = graph.node_copy(old, lambda n: env.get(n, n))
+            new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}
+            env[old] = new
+    new.meta["mst_replaces"] = fake_tensor(node)  # pyright: ignore[reportPossiblyUnbound]
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for old in chain:
+        if not old.users:
+            graph.erase_node(old)

@@ -1,0 +1,339 @@
+"""Finds token-wise regions by dataflow: one walk forward over a Dynamo graph.
+
+Terms:
+    amplifier: a projection whose output per token is wider than its input.
+    wide: a value that has not been narrowed again since an amplifier.
+    terminal: a node whose result is narrow again (a contraction, a per-token loss).
+    region: amplifiers, what is between, and terminals. Amplifiers whose wide values meet share a region.
+    leaving: a wide value read by something that is not token-wise, or returned.
+
+The walk knows for every wide value which of its dimensions are tokens; ``tokenwise`` decides for the next
+node. What a region reads from outside (hidden states, residuals, labels, masks) is found when it is lifted.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, source_of, walking
+from mst_fx.losses import is_loss, per_token_loss, read_loss
+from mst_fx.report import Mismatch
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, feature_shape
+from mst_fx.tokenwise import run_node
+
+AMPLIFICATION = 1.25
+"""Least ratio of output to input features that makes a projection an amplifier."""
+
+
+@dataclass(eq=False)
+class Region:
+    """A token-wise region of one graph, as found; ``problems`` say why it can't be chunked."""
+
+    module: fx.GraphModule
+    in_features: int
+    wide_features: int = 0
+    nodes: list[fx.Node] = field(default_factory=list)
+    amplifiers: list[fx.Node] = field(default_factory=list)
+    terminals: list[fx.Node] = field(default_factory=list)
+    leaving: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    """(wide value, reader outside) for readers that return the value from the graph."""
+    problems: list[Mismatch] = field(default_factory=list)
+    feeds_projection: bool = False
+    """Whether a wide value is itself the input of an amplifier: then it is a hidden state."""
+
+    @property
+    def kind(self) -> str:
+        """ "loss" if what comes out is a few numbers per token, or nothing but logits; else "mlp"."""
+        if self.terminals:
+            return "loss" if all(_contracts_to_scalars(t) for t in self.terminals) else "mlp"
+        return "loss" if self.leaving else "mlp"
+
+    @property
+    def legal(self) -> bool:
+        """Whether nothing found so far forbids chunking."""
+        return not self.problems and bool(self.terminals)
+
+    @property
+    def source(self) -> str:
+        """Where in the user's code the first amplifier is."""
+        return source_of(self.amplifiers[0])
+
+    def absorb(self, other: Region) -> None:
+        """Take over all of another region."""
+        self.in_features = max(self.in_features, other.in_features)
+        self.wide_features = max(self.wide_features, other.wide_features)
+        for name in ("nodes", "amplifiers", "terminals", "leaving", "problems"):
+            getattr(self, name).extend(getattr(other, name))
+        self.feeds_projection |= other.feeds_projection
+
+
+class Walk:
+    """One walk over one graph: which values are wide, and which region each belongs to."""
+
+    def __init__(self, module: fx.GraphModule, fake_mode: Any, outer: dict[fx.Node, fx.Node]) -> None:
+        self.module, self.fake_mode, self.outer = module, fake_mode, outer
+        self.builder = RowBuilder()
+        self.wide: dict[fx.Node, Region] = {}
+        self.narrow: dict[fx.Node, Region] = {}  # reduced values that may meet wide ones again (a norm inside)
+        self.order = {n: i for i, n in enumerate(module.graph.nodes)}
+        self.regions: list[Region] = []
+
+    def run(self) -> list[Region]:
+        """Walk and return the regions in graph order."""
+        with walking(self.module) as nodes:
+            for node in nodes:
+                self.visit(node)
+        for region in self.regions:
+            self._trim(region)
+            region.nodes.sort(key=self.order.__getitem__)
+            region.amplifiers.sort(key=self.order.__getitem__)
+            region.terminals.sort(key=self.order.__getitem__)
+        return sorted(self.regions, key=lambda r: self.order[r.amplifiers[0]])
+
+    def visit(self, node: fx.Node) -> None:
+        """Extend regions by one node, or note why they end."""
+        inputs = [n for n in node.all_input_nodes if n in self.wide]
+        projected = projection_input(node)
+        if projected is not None and _amplifies(node, projected[0]):
+            for n in inputs:
+                region = self.wide[n]
+                if n is projected[0]:
+                    region.feeds_projection = True
+                region.problems.append(self._leaves(n, node, "is projected to something wider still"))
+            self._start(node, *projected)
+            return
+        reduced = [n for n in node.all_input_nodes if n in self.narrow]
+        if not inputs:
+            if reduced and node.op != "output" and not is_loss(node) and len({id(self.narrow[n]) for n in reduced}) == 1:
+                self._continue_narrow(self.narrow[reduced[0]], node)
+            return
+        if node.op == "output":
+            for n in inputs:
+                self.wide[n].leaving.append((n, node))
+            return
+        region = self._joined(inputs)
+        if any(self.narrow[n] is not region for n in reduced):
+            region.problems.append(self._leaves(inputs[0], node, "joins a value reduced from another region"))
+            return
+        try:
+            if is_loss(node):
+                per_token_loss(self.builder, read_loss(node), self.fake_mode)
+                region.nodes.append(node)
+                region.terminals.append(node)
+                return
+            result = run_node(self.builder, node, self.fake_mode)
+        except MixesTokensError as e:
+            region.problems.append(self._leaves(inputs[0], node, str(e)))
+        except Exception as e:  # a node that can't be run alone on fakes is a node we do not know
+            region.problems.append(self._leaves(inputs[0], node, f"could not be analysed ({type(e).__name__}: {e})"))
+        else:
+            self._settle(region, node, result)
+
+    def _continue_narrow(self, region: Region, node: fx.Node) -> None:
+        try:
+            result = run_node(self.builder, node, self.fake_mode)
+        except Exception:  # the narrow value simply leaves the region here
+            return
+        self._settle(region, node, result, narrow_only=True)
+
+    def _trim(self, region: Region) -> None:
+        """Drop what follows the first narrow values unless a wide value needs it; name the terminals."""
+        needed = {n for n in region.nodes if n in self.wide or n in region.terminals}
+        for node in sorted(region.nodes, key=self.order.__getitem__, reverse=True):
+            if node not in needed and any(u in needed for u in node.users):
+                needed.add(node)
+        for node in region.nodes:
+            if node in needed or not any(i in needed and i not in region.terminals for i in node.all_input_nodes):
+                continue
+            picks = [u for u in node.users if u.target is operator.getitem and u in region.nodes]
+            several = isinstance(fake(node), (list, tuple))
+            region.terminals += [u for u in picks if u not in region.terminals] if several else [node]
+            needed |= {node, *picks} if several else {node}
+        region.nodes = [n for n in region.nodes if n in needed]
+
+    def _start(self, node: fx.Node, x: fx.Node, weight: Any) -> None:
+        value = fake_tensor(x)
+        assert value is not None
+        region = Region(self.module, in_features=_last(value), amplifiers=[node])
+        problem = self._illegal_input(x, weight)
+        kinds = (True,) * (value.ndim - 1) + (False,)
+        previous = self.builder.lookup(value)
+        self.builder.bind(value, Row(kinds, self.builder.chunked(value, kinds).node))
+        try:
+            result = run_node(self.builder, node, self.fake_mode)
+        except MixesTokensError as e:
+            problem = problem or str(e)
+            result = None
+        finally:
+            self.builder.unbind(value, previous)
+        self.regions.append(region)
+        region.wide_features = _features(fake_tensor(node), kinds)
+        if problem or result is None:
+            region.nodes.append(node)
+            region.problems.append(Mismatch(f"{_title(node)}: {problem}", source_of(node)))
+            return
+        self._settle(region, node, result, amplifier=True)
+
+    def _illegal_input(self, x: fx.Node, weight: Any) -> str | None:
+        if contracts_over_tokens(x):
+            return "the projection itself mixes tokens: what it sums over was a token dimension before a transpose"
+        for w in weight if isinstance(weight, tuple) else (weight,):
+            if isinstance(w, fx.Node) and layout_root(w).op not in ("placeholder", "get_attr"):
+                if not is_parameter_like(w, self.outer):
+                    return "multiplies two values of the tokens with each other (attention)"
+        return None
+
+    def _joined(self, inputs: list[fx.Node]) -> Region:
+        first = min((self.wide[n] for n in inputs), key=lambda r: self.order[r.amplifiers[0]])
+        for other in {id(self.wide[n]): self.wide[n] for n in inputs}.values():
+            if other is not first:
+                first.absorb(other)
+                self.regions.remove(other)
+                for values in (self.wide, self.narrow):
+                    for n, r in values.items():
+                        if r is other:
+                            values[n] = first
+        return first
+
+    def _settle(
+        self, region: Region, node: fx.Node, result: Any, amplifier: bool = False, narrow_only: bool = False
+    ) -> None:
+        """Decide from a node's result whether the value is still wide."""
+        rows = bind_results(self.builder, node, result)
+        if not rows:
+            if not narrow_only:
+                region.problems.append(self._leaves(node, node, "does not keep one row per token"))
+            return
+        widest = max(_features(value, row.kinds) for value, row in rows)
+        projection = projection_input(node) is not None
+        if narrow_only and widest > region.in_features:
+            return
+        region.nodes.append(node)
+        if amplifier or widest > region.in_features and not (projection and widest <= region.wide_features / 2):
+            self.wide[node] = region
+        elif projection or is_loss(node):
+            region.terminals.append(node)
+        elif narrow_only or _reduces(node):
+            self.narrow[node] = region
+        else:
+            self.wide[node] = region  # a slice of a wide value is part of it
+        region.wide_features = max(region.wide_features, widest)
+
+    def _leaves(self, value: fx.Node, node: fx.Node, why: str) -> Mismatch:
+        return Mismatch(f"{_title(node)} {why} ({source_of(node)})", source_of(node))
+
+
+def bind_results(builder: RowBuilder, node: fx.Node, result: Any) -> list[tuple[torch.Tensor, Row]]:
+    """Give the node's own fake values the row forms that running it has found."""
+    outs = list(result) if isinstance(result, (list, tuple)) else [result]
+    own = fake(node)
+    values = list(own) if isinstance(own, (list, tuple)) else [own]
+    found = []
+    for value, out in zip(values, outs, strict=False):
+        row = builder.row(out) if isinstance(out, torch.Tensor) else None
+        if row is not None and isinstance(value, torch.Tensor):
+            builder.bind(value, row)
+            found.append((value, row))
+    return found
+
+
+def find_regions(module: fx.GraphModule, fake_mode: Any, outer: dict[fx.Node, fx.Node] | None = None) -> list[Region]:
+    """Return every region of one graph, those that can't be chunked with their problems.
+
+    Args:
+        module: A Dynamo graph, or the graph of a checkpointed block.
+        fake_mode: The mode of the fake values on its nodes.
+        outer: For a checkpointed block, its placeholders -> the caller's values.
+    """
+    return Walk(module, fake_mode, outer or {}).run()
+
+
+# -- projections -------------------------------------------------------------------------------------
+
+_MATMULS = {torch.matmul, torch.mm, torch.bmm, torch._C._nn.linear, torch.nn.functional.linear}
+
+
+def projection_input(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """Return (tokens, weight) if a node multiplies something by a matrix: its spellings, one by one."""
+    if node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__"):
+        pair = node.args[0], node.args[1]
+    elif node.op != "call_function":
+        return None
+    elif node.target in _MATMULS or getattr(node.target, "__name__", "") == "matmul":
+        pair = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    elif node.target is torch.addmm:
+        pair = node.args[1], node.args[2]
+    elif node.target is torch.einsum and len(node.args) == 3:
+        pair = node.args[1], node.args[2]
+    else:
+        return None
+    x, weight = pair
+    if fake_tensor(x) is None or fake_tensor(weight) is None or fake_tensor(x).ndim < 2:  # pyright: ignore
+        return None
+    return x, weight  # pyright: ignore
+
+
+def _amplifies(node: fx.Node, x: fx.Node) -> bool:
+    out, value = fake_tensor(node), fake_tensor(x)
+    if out is None or value is None or not out.is_floating_point() or out.ndim < 2:
+        return False
+    if not isinstance(_last(out), int) or not isinstance(_last(value), int):
+        return False
+    return _last(out) > AMPLIFICATION * _last(value)
+
+
+def contracts_over_tokens(x: fx.Node) -> bool:
+    """Whether the last dimension of ``x`` was another one before a transpose (token mixing as in MLP-Mixer)."""
+    node: Any = x
+    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        value = fake_tensor(node.args[0])
+        if value is None:
+            return False
+        n = value.ndim
+        if name in ("transpose", "swapaxes", "swapdims") and n - 1 in (node.args[1] % n, node.args[2] % n):
+            return True
+        order = list(node.args[1:]) if name == "permute" else []
+        order = list(order[0]) if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
+        if order and order[-1] % n != n - 1:
+            return True
+        if name == "t" or (name == "getattr" and node.args[1] in ("T", "mT")):
+            return True
+        if name not in ("transpose", "permute", "contiguous", "to", "float", "clone", "dropout"):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _last(value: torch.Tensor) -> Any:
+    return value.shape[-1]
+
+
+def _features(value: Any, kinds: tuple[bool, ...]) -> int:
+    sizes = feature_shape(value.shape, kinds)
+    return math.prod(s for s in sizes if isinstance(s, int))
+
+
+_REDUCTIONS = {"sum", "mean", "logsumexp", "amax", "amin", "max", "min", "argmax", "argmin", "gather", "norm", "var",
+               "std", "vector_norm", "take_along_dim"}  # fmt: skip
+
+
+def _reduces(node: fx.Node) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _REDUCTIONS or node.target is operator.getitem and _reduces(node.all_input_nodes[0])
+
+
+def _contracts_to_scalars(node: fx.Node) -> bool:
+    return is_loss(node) or projection_input(node) is None
+
+
+def _title(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return f"`.{node.target}`"
+    return f"`{getattr(node.target, '__name__', node.target)}`"

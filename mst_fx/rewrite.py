@@ -1,0 +1,178 @@
+"""Puts a chunked region in the place of its nodes in the outer graph.
+
+    linear, silu, linear, mul, linear
+ -> rows = x.flatten(0, 1); y = mst_fx.map([rows], [weights], body, C)[0].unflatten(0, (B, S))
+
+Only ``replace`` changes the graph, and nothing after its first change can fail.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.graph import fake_tensor, mutated_storages, storages
+from mst_fx.lift import Input, Lifted, Output
+from mst_fx.losses import count_tokens
+from mst_fx.report import Mismatch
+from mst_fx.rows import same_size
+
+OPS = {"map": torch.ops.mst_fx.map.default, "sum": torch.ops.mst_fx.sum.default}
+
+
+def find_place(lifted: Lifted) -> fx.Node | Mismatch:
+    """Return the node to insert before: behind every live-in, before every reader of an output.
+
+    The region must be convex, and nothing it reads may change in place while it is pending.
+    """
+    region = lifted.region
+    order = {n: i for i, n in enumerate(region.module.graph.nodes)}
+    members = set(region.nodes)
+    extra = [c.weight for o in lifted.outputs if (c := o.loss) is not None] + [
+        c.labels for o in lifted.outputs if (c := o.loss) is not None
+    ]
+    sources = {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}
+    sources |= {n for n in extra if isinstance(n, fx.Node)}
+    behind = max((order[n] for n in sources), default=-1)
+    readers = [u for o in lifted.outputs for u in o.node.users if u not in members]
+    place = min(readers, key=order.__getitem__)
+    if order[place] <= behind:
+        late = max(sources, key=order.__getitem__)
+        return Mismatch(f"not convex: `{late.name}` is computed after an output is already read", region.source)
+    first = min(order[n] for n in region.nodes)
+    read = set().union(*(storages(n) for n in sources))
+    held = read.union(*(storages(n) for n in members))
+    for node in region.module.graph.nodes:
+        if first <= order[node] < order[place] and node not in members and mutated_storages(node) & held:
+            return Mismatch(f"a value of the region changes in place (`{node.name}`)", region.source)
+    return place
+
+
+def replace(
+    lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: int, reductions: dict[Output, str]
+) -> None:
+    """Insert the op with its surroundings and hand its results to the readers of the region's outputs.
+
+    Args:
+        lifted: The region.
+        place: From ``find_place``.
+        op: "map" or "sum".
+        body: Name of the registered body.
+        chunk_tokens: C.
+        reductions: How per-token losses become the loss: "none", "sum" or "mean".
+    """
+    graph = lifted.region.module.graph
+    with graph.inserting_before(place):
+        rows = [_as_rows(graph, i) for i in lifted.chunked]
+        shared = [_as_shared(graph, i) for i in lifted.shared] + _hoist(graph, lifted)
+        seed = None
+        if lifted.body.has_seed:
+            seed = graph.call_function(torch.randint, (2**62, ()), {"device": "cpu"})
+        call = graph.call_function(OPS[op], (rows, shared, seed, body, chunk_tokens))
+        call.meta["mst_source"] = lifted.region.source
+        for i, output in enumerate(lifted.outputs):
+            value = graph.call_function(operator.getitem, (call, i))
+            new = _give_back(graph, lifted, output, value, reductions.get(output, "none"), summed=op == "sum")
+            new.meta.update({k: v for k, v in output.node.meta.items() if k == "stack_trace"})
+            new.meta["mst_replaces"] = fake_tensor(output.node)
+            members = set(lifted.region.nodes)
+            output.node.replace_all_uses_with(new, delete_user_cb=lambda u, m=members: u not in m)
+    erase_dead(graph, lifted.region.nodes)
+
+
+def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
+    """Permute tokens to the front, spread values that several tokens share, flatten tokens."""
+    kinds, shape = source.live_in.kinds, source.live_in.shape
+    assert kinds is not None
+    value, own = source.node, source.live_in.tensor.shape
+    expanded = [-1 if d >= len(shape) - len(own) and same_size(own[d - len(shape) + len(own)], s) else s
+                for d, s in enumerate(shape)]  # fmt: skip
+    if len(own) < len(shape) or any(s != -1 for s in expanded):
+        sizes = [s if isinstance(s, int) else _size_of(graph, s) for s in expanded]
+        value = graph.call_method("expand", (value, *sizes))
+    order = [d for d, k in enumerate(kinds) if k] + [d for d, k in enumerate(kinds) if not k]
+    if order != sorted(order):
+        value = graph.call_method("permute", (value, *order))
+    if sum(kinds) > 1:
+        value = graph.call_method("flatten", (value, 0, sum(kinds) - 1))
+    return value
+
+
+def _size_of(graph: fx.Graph, size: Any) -> fx.Node:
+    """Return a node that computes a symbolic size, read off a value that has it."""
+    for node in graph.nodes:
+        value = fake_tensor(node)
+        for d, s in enumerate(value.shape if value is not None else ()):
+            if not isinstance(s, int) and same_size(s, size):
+                return graph.call_method("size", (node, d))
+    raise AssertionError(f"no value has the size {size}")
+
+
+def _as_shared(graph: fx.Graph, source: Input) -> fx.Node:
+    if tuple(source.live_in.shape) == tuple(source.live_in.tensor.shape):
+        return source.node
+    return graph.call_method("reshape", (source.node, tuple(source.live_in.shape)))
+
+
+def _hoist(graph: fx.Graph, lifted: Lifted) -> list[fx.Node]:
+    env: dict[fx.Node, fx.Node] = {}
+
+    def place(node: fx.Node) -> fx.Node:
+        if node not in env:
+            if node in lifted.placeholders:
+                env[node] = _as_shared(graph, lifted.placeholders[node])
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), place)
+                env[node] = graph.call_function(node.target, args, kwargs)  # pyright: ignore
+        return env[node]
+
+    return [place(n) for n in lifted.hoisted]
+
+
+def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, reduction: str, summed: bool) -> fx.Node:
+    """Turn rows into the shape the readers expect, or per-token losses into the loss."""
+    old = fake_tensor(output.node)
+    assert old is not None
+    if reduction == "none":
+        return _unflatten(graph, lifted, output, value, old.shape)
+    total = value if summed else graph.call_method("sum", (value,), {"dtype": torch.promote_types(old.dtype, torch.float32)})
+    if reduction == "mean":
+        assert output.loss is not None
+        total = graph.call_function(torch.div, (total, count_tokens(graph, output.loss)))
+    elif reduction == "average":
+        total = graph.call_function(torch.div, (total, graph.call_method("size", (_as_counted(graph, lifted), 0))))
+    return graph.call_method("to", (total, old.dtype))
+
+
+def _as_counted(graph: fx.Graph, lifted: Lifted) -> fx.Node:
+    return _as_rows(graph, lifted.chunked[0])
+
+
+def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, shape: Any) -> fx.Node:
+    kinds = output.row.kinds
+    tokens = [d for d, k in enumerate(kinds) if k]
+    if len(tokens) > 1:
+        unknown = [d for d in tokens if not isinstance(shape[d], int)]
+        sizes = [shape[d] if isinstance(shape[d], int) else _size_of(graph, shape[d]) for d in tokens]
+        if len(unknown) == 1 and all(shape[d] != 0 for d in tokens if d not in unknown):
+            sizes = [-1 if d in unknown else shape[d] for d in tokens]
+        value = graph.call_method("unflatten", (value, 0, tuple(sizes)))
+    elif not tokens:
+        value = graph.call_method("squeeze", (value, 0))
+    order = tokens + [d for d, k in enumerate(kinds) if not k]
+    if order != sorted(order):
+        value = graph.call_method("permute", (value, *(order.index(d) for d in range(len(order)))))
+    return value
+
+
+def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of a region's nodes that nothing reads any more.
+
+    Not ``eliminate_dead_code``: in a Dynamo graph that drops in-place calls whose result is unused.
+    """
+    for node in reversed(nodes):
+        if not node.users and node.graph is graph and not node._erased:
+            graph.erase_node(node)

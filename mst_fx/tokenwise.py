@@ -1,0 +1,131 @@
+"""Decides, node by node, whether a computation keeps tokens apart, and writes down its row form.
+
+One node of the Dynamo graph is run on its fake inputs under ``RowTracer``; every ATen op it
+decomposes into is looked up in ``rules``. So one whitelist of ATen ops serves every spelling, and
+autocast's casts, visible to the dispatcher, are part of what is recorded.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mst_fx import random
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten
+from mst_fx.rules import find_rule
+
+
+class RowTracer(TorchDispatchMode):
+    """Runs ops on fake tensors and records the row form of those that touch tokens."""
+
+    def __init__(self, builder: RowBuilder) -> None:
+        super().__init__()
+        self.b = builder
+        self._fresh: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return self._in_place(func, args, kwargs)
+        out = func(*args, **kwargs)
+        outs = _tensors(out)
+        self._fresh.update(map(id, outs if func.is_view is False else ()))
+        self._record(func, args, kwargs, outs)
+        return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
+        known = [self.b.lookup(t) for t in _tensors((args, kwargs))]
+        if any(isinstance(v, Row) for v in known):
+            rows = find_rule(func)(self.b, func, args, kwargs, outs)
+            for out, row in zip(outs, rows, strict=False):
+                self.b.bind(out, row)
+        elif outs:
+            self._record_shared(func, args, kwargs, outs)
+
+    def _record_shared(self, func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise MixesTokensError(f"draws random numbers ({func.overloadpacket})")
+        if not all(isinstance(v, (int, torch.dtype, torch.device, float, bool, type(None), str, torch.Tensor, torch.layout,
+                                  torch.memory_format)) for v in pytree.tree_leaves((args, kwargs))):  # fmt: skip
+            raise MixesTokensError("computes with the number of tokens")
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self.b.shared, (tuple(args), kwargs))
+        node = self.b.emit(func, *args, **kwargs)
+        if len(outs) == 1:
+            self.b.bind(outs[0], Shared(node))
+            return
+        for i, out in enumerate(outs):
+            self.b.bind(out, Shared(self.b.emit(operator.getitem, node, i)))
+
+    def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Write an in-place op on a value made within the same node as its functional twin."""
+        target = args[0]
+        name, overload = func._schema.name.split("::")[1], func._overloadname
+        twin = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
+        if id(target) not in self._fresh or twin is None or not name.endswith("_"):
+            raise MixesTokensError(f"changes a value in place ({func.overloadpacket})")
+        out = func(*args, **kwargs)
+        self._record(twin, args, kwargs, [out])
+        self._fresh.add(id(out))
+        return out
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+@contextmanager
+def recording(builder: RowBuilder) -> Iterator[None]:
+    """Record the row form of what runs inside; fake tensors only."""
+    with torch.inference_mode(False), torch.no_grad(), RowTracer(builder):
+        yield
+
+
+# -- nodes of the Dynamo graph -----------------------------------------------------------------------
+
+
+def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
+    """Record the row form of one Dynamo node whose inputs' fake values are in ``meta``.
+
+    Returns:
+        The fake result; its tensors have row forms in ``builder`` where they are token-wise.
+
+    Raises:
+        MixesTokensError: If the node is not token-wise.
+    """
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    special = _SPECIAL.get(node.target)
+    with fake_mode, recording(builder):
+        if special is not None:
+            return special(builder, *args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def _dropout(builder: RowBuilder, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    row = builder.row(x)
+    if not training or p == 0.0 or row is None:
+        return F.dropout(x, p, training)
+    site, builder.seeds = builder.seeds, builder.seeds + 1
+    if inplace:
+        raise MixesTokensError("changes a value in place (dropout)")
+    out = torch.empty_like(x)
+    seed = builder.seed_node()
+    mask = builder.emit(random.KEEP_MASK, row.node, seed, site, float(p))
+    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    kept = builder.emit(aten.mul.Tensor, row.node, mask)
+    builder.bind(out, Row(row.kinds, builder.emit(aten.mul.Tensor, kept, scale)))
+    return out
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {F.dropout: _dropout, torch.dropout: _dropout}

@@ -1,0 +1,79 @@
+"""The contract after every pass; a violation is a bug of ours and raises, naming the pass and the node.
+
+    * placeholders are untouched, the graph is well formed;
+    * every new node runs on fake values, and what replaces a value has its shape, dtype and device;
+    * outputs keep their number, shapes and dtypes, but for logits put off until they are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.graph import fake, walking
+from mst_fx.rows import same_size
+
+
+class VerifyError(AssertionError):
+    """A pass broke the graph. Please report it."""
+
+
+def snapshot(module: fx.GraphModule) -> tuple[list[str], list[Any]]:
+    """Return what a pass may not change: placeholder names and the outputs' fake values."""
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    values = [fake(n) if isinstance(n, fx.Node) else n for n in output.args[0]]
+    return [n.name for n in module.graph.nodes if n.op == "placeholder"], values
+
+
+def verify(module: fx.GraphModule, before: tuple[list[str], list[Any]], pass_name: str, fake_mode: Any) -> None:
+    """Check a graph after a pass and give its new nodes fake values.
+
+    Raises:
+        VerifyError: On any difference.
+    """
+    try:
+        module.graph.lint()
+    except RuntimeError as e:
+        raise VerifyError(f"{pass_name}: {e}") from e
+    module.recompile()
+    with walking(module) as nodes:
+        for node in nodes:
+            if node.op in ("call_function", "call_method") and "mst_new" in node.meta:
+                _run(node, pass_name, fake_mode)
+    names, values = snapshot(module)
+    if names != before[0]:
+        raise VerifyError(f"{pass_name}: placeholders changed")
+    for i, (old, new) in enumerate(zip(before[1], values, strict=False)):
+        if new is not None and not _alike(old, new):
+            raise VerifyError(f"{pass_name}: output {i} was {_show(old)} and is {_show(new)}")
+
+
+def _run(node: fx.Node, pass_name: str, fake_mode: Any) -> None:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    try:
+        with fake_mode, torch.enable_grad(), torch.inference_mode(False):
+            value = (
+                getattr(args[0], node.target)(*args[1:], **kwargs)  # pyright: ignore
+                if node.op == "call_method"
+                else node.target(*args, **kwargs)  # pyright: ignore
+            )
+    except Exception as e:
+        raise VerifyError(f"{pass_name}: node {node.name} ({node.target}) does not run: {e}") from e
+    node.meta["example_value"] = value
+    del node.meta["mst_new"]
+    old = node.meta.pop("mst_replaces", None)
+    if old is not None and not _alike(old, value):
+        raise VerifyError(f"{pass_name}: node {node.name} is {_show(value)} in place of {_show(old)}")
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return type(old) is type(new) or not isinstance(old, torch.Tensor)
+    shapes = len(old.shape) == len(new.shape) and all(map(same_size, old.shape, new.shape))
+    return shapes and old.dtype == new.dtype and old.device == new.device
+
+
+def _show(value: Any) -> str:
+    return f"{value.dtype}{tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
