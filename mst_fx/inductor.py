@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
 )
 
-__all__ = ["compile_body", "compile_graph", "detect_fake_mode", "mode_options", "symbolic_inputs"]
+__all__ = ["compile_body", "compile_graph", "fake_mode_of", "mode_options", "symbolic_inputs"]
 
 MINIMUM_TORCH = (2, 11)
 
@@ -33,6 +33,14 @@ MINIMUM_TORCH = (2, 11)
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Return the Inductor options that ``torch.compile(mode=...)`` stands for."""
     return dict(list_mode_options(mode)) if mode else {}
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
+    """Return the fake mode of a graph's example values.
+
+    While a backend runs, the tracing context holds another mode, so ``detect_fake_mode`` is of no use here.
+    """
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 def symbolic_inputs(body: Any, rows: int) -> list[Any]:
@@ -55,7 +63,7 @@ def compile_body(
     """Compile a body's graph; returns a function of real inputs that gives a sequence."""
     if compiler == "aot_eager":
         return graph
-    mode = detect_fake_mode(inputs)
+    mode = fake_mode_of(inputs)
     assert mode is not None
     with tracing(TracingContext(mode)), torch.no_grad():
         return compile_fx(copy.deepcopy(graph), list(inputs), config_patches=options or None)  # pyright: ignore

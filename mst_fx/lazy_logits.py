@@ -159,7 +159,7 @@ _CASTS = {
 _ATTRIBUTES = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "ndim", "layout", "is_cuda", "is_sparse",
-                 "is_quantized", "is_meta", "grad", "is_cpu", "names", "is_nested", "is_mkldnn", "itemsize", "nbytes")
+                 "is_quantized", "is_meta", "grad", "is_cpu", "is_nested", "is_mkldnn", "itemsize", "nbytes")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
      torch.is_floating_point, torch.Tensor.nelement, torch.Tensor.is_complex, torch.is_complex, torch.Tensor.get_device,
      torch.numel}  # fmt: skip

@@ -168,6 +168,8 @@ def _sum_backward(ctx: Any, grads: Any) -> Any:
 
 torch.library.register_autograd("mst_fx::sum", _sum_backward, setup_context=_sum_setup)
 
+MAP, SUM = torch.ops.mst_fx.map.default, torch.ops.mst_fx.sum.default
+
 
 # -- loops -------------------------------------------------------------------------------------------
 

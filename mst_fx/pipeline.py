@@ -15,7 +15,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.graph import CHECKPOINT, fake, fake_tensor, walking
-from mst_fx.inductor import detect_fake_mode
+from mst_fx.inductor import fake_mode_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
@@ -45,8 +45,7 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
         VerifyError: If a pass broke the graph.
     """
     started = time.perf_counter()
-    values = [fake(n) for n in module.graph.nodes]
-    context = Context(config, detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]))
+    context = Context(config, fake_mode_of([fake(n) for n in module.graph.nodes]))
     before = readable(module)
     rewritten = copy_graph(module)
     notes = _notes(module)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -38,31 +38,23 @@ class Region:
     module: fx.GraphModule
     in_features: int
     wide_features: int = 0
+    kind: Literal["mlp", "loss"] = "mlp"
+    """ "loss" if what comes out are a few numbers per token, or nothing but logits."""
     nodes: list[fx.Node] = field(default_factory=list)
     amplifiers: list[fx.Node] = field(default_factory=list)
     terminals: list[fx.Node] = field(default_factory=list)
     leaving: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     """(wide value, reader outside) for readers that return the value from the graph."""
     problems: list[Mismatch] = field(default_factory=list)
+    source: str = ""
+    """Where in the user's code the first amplifier is."""
     feeds_projection: bool = False
     """Whether a wide value is itself the input of an amplifier: then it is a hidden state."""
-
-    @property
-    def kind(self) -> str:
-        """ "loss" if what comes out is a few numbers per token, or nothing but logits; else "mlp"."""
-        if self.terminals:
-            return "loss" if all(_contracts_to_scalars(t) for t in self.terminals) else "mlp"
-        return "loss" if self.leaving else "mlp"
 
     @property
     def legal(self) -> bool:
         """Whether nothing found so far forbids chunking."""
         return not self.problems and bool(self.terminals)
-
-    @property
-    def source(self) -> str:
-        """Where in the user's code the first amplifier is."""
-        return source_of(self.amplifiers[0])
 
     def absorb(self, other: Region) -> None:
         """Take over all of another region."""
@@ -94,6 +86,9 @@ class Walk:
             region.nodes.sort(key=self.order.__getitem__)
             region.amplifiers.sort(key=self.order.__getitem__)
             region.terminals.sort(key=self.order.__getitem__)
+            scalars = all(is_loss(t) or projection_input(t) is None for t in region.terminals)
+            region.kind = "loss" if scalars and (region.terminals or region.leaving) else "mlp"
+            region.source = source_of(region.amplifiers[0])
         return sorted(self.regions, key=lambda r: self.order[r.amplifiers[0]])
 
     def visit(self, node: fx.Node) -> None:
@@ -327,10 +322,6 @@ _REDUCTIONS = {"sum", "mean", "logsumexp", "amax", "amin", "max", "min", "argmax
 def _reduces(node: fx.Node) -> bool:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in _REDUCTIONS or node.target is operator.getitem and _reduces(node.all_input_nodes[0])
-
-
-def _contracts_to_scalars(node: fx.Node) -> bool:
-    return is_loss(node) or projection_input(node) is None
 
 
 def _title(node: fx.Node) -> str:

@@ -92,7 +92,7 @@ class Report:
             "text-align:left}pre{overflow:auto}</style>"
             f"<h1>mst report</h1><pre>{html.escape(str(self))}</pre><table><tr>{head}</tr>{rows}</table>"
             f"<h2>Diff</h2><pre>{html.escape(self.diff())}</pre>"
-            f"<script type=application/json id=report>{json.dumps(self.to_dict()).replace('</', '<\\\\/')}</script>"
+            f"<script type=application/json id=report>{data}</script>"
         )
         pathlib.Path(path).write_text(page, encoding="utf-8")
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx import ops
 from mst_fx.graph import fake_tensor, mutated_storages, storages
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import count_tokens
 from mst_fx.report import Mismatch
 from mst_fx.rows import same_size
 
-OPS = {"map": torch.ops.mst_fx.map.default, "sum": torch.ops.mst_fx.sum.default}
+OPS = {"map": ops.MAP, "sum": ops.SUM}
 
 
 def find_place(lifted: Lifted) -> fx.Node | Mismatch:
