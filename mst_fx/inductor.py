@@ -8,7 +8,6 @@ Facts this file rests on (seen on 2.11 and 2.13):
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,8 +64,11 @@ def compile_body(
         return graph
     mode = fake_mode_of(inputs)
     assert mode is not None
+    # compile_fx takes over the module it is given, and a deep copy fails on the fake values in its metadata.
+    own = fx.Graph()
+    own.output(own.graph_copy(graph.graph, {}))
     with tracing(TracingContext(mode)), torch.no_grad():
-        return compile_fx(copy.deepcopy(graph), list(inputs), config_patches=options or None)  # pyright: ignore
+        return compile_fx(fx.GraphModule(graph, own), list(inputs), config_patches=options or None)  # pyright: ignore
 
 
 def compile_graph(
