@@ -95,7 +95,7 @@ class Walk:
         """Extend regions by one node, or note why they end."""
         inputs = [n for n in node.all_input_nodes if n in self.wide]
         projected = projection_input(node)
-        if projected is not None and _amplifies(node, projected[0]):
+        if projected is not None and _amplifies(node, projected[0]) and not self._is_weight(projected[0]):
             for n in inputs:
                 region = self.wide[n]
                 if n is projected[0]:
@@ -168,12 +168,16 @@ class Walk:
         finally:
             self.builder.unbind(value, previous)
         self.regions.append(region)
-        region.wide_features = _features(fake_tensor(node), kinds)
+        region.wide_features = _last(fake(node))
         if problem or result is None:
             region.nodes.append(node)
             region.problems.append(Mismatch(f"{_title(node)}: {problem}", source_of(node)))
             return
         self._settle(region, node, result, amplifier=True)
+
+    def _is_weight(self, x: fx.Node) -> bool:
+        """Whether what is multiplied is itself made of parameters (a low-rank update of a weight)."""
+        return is_parameter_like(x, self.outer)
 
     def _illegal_input(self, x: fx.Node, weight: Any) -> str | None:
         if contracts_over_tokens(x):
@@ -269,7 +273,8 @@ def projection_input(node: fx.Node) -> tuple[fx.Node, Any] | None:
     else:
         return None
     x, weight = pair
-    if fake_tensor(x) is None or fake_tensor(weight) is None or fake_tensor(x).ndim < 2:  # pyright: ignore
+    tokens, matrix = fake_tensor(x), fake_tensor(weight)
+    if tokens is None or matrix is None or tokens.ndim < 2 or tokens.ndim < matrix.ndim:
         return None
     return x, weight  # pyright: ignore
 

@@ -31,7 +31,7 @@ _getitem = operator.getitem
 RULES: dict[Any, Rule] = {}
 _POINTWISE_EXTRA = {
     aten._to_copy, aten.clone, aten.detach, aten.alias, aten.masked_fill, aten.zeros_like, aten.ones_like,
-    aten.full_like, aten.where, aten.lift_fresh_copy, aten.rsub,
+    aten.full_like, aten.where, aten.lift_fresh_copy, aten.rsub, aten._prelu_kernel,
 }  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def find_rule(func: Any) -> Rule:
         MixesTokensError: If there is none.
     """
     tags = func.tags
+    if "attention" in str(func):
+        raise MixesTokensError("is attention: it mixes tokens")
     if torch.Tag.nondeterministic_seeded in tags:
         raise MixesTokensError(f"draws random numbers ({_name(func)})")
     found = RULES.get(func.overloadpacket)

@@ -85,9 +85,17 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def recording(builder: RowBuilder) -> Iterator[None]:
-    """Record the row form of what runs inside; fake tensors only."""
-    with torch.inference_mode(False), torch.no_grad(), RowTracer(builder):
-        yield
+    """Record the row form of what runs inside; fake tensors only.
+
+    Autocast's cache of cast weights is off: a weight cast once and found again is a value from nowhere.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), RowTracer(builder):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 # -- nodes of the Dynamo graph -----------------------------------------------------------------------

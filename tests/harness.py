@@ -73,7 +73,12 @@ def check_exact(
     compiler: str = "aot_eager",
     **compile_kwargs: Any,
 ) -> Run:
-    """Assert that our loss and gradients are as near to fp64 as the plain model's; return our run."""
+    """Assert that our loss and gradients are as near to fp64 as the plain model's; return our run.
+
+    In fp32 every gradient alone is held to the plain model's error plus a constant. In low precision the
+    errors are noise of one scale, not of one size: all gradients together are held to it, each alone to 1.5
+    times.
+    """
     low = autocast or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     slack = slack if slack is not None else (4e-3 if low else 2e-6)
     wide_model, wide_inputs = to_double(model, inputs)
@@ -86,8 +91,11 @@ def check_exact(
     assert error(ours.loss, truth.loss) <= error(plain.loss, truth.loss) + slack
     for name, wide in truth.grads.items():
         mine, theirs = error(ours.grads[name], wide), error(plain.grads[name], wide)
-        assert mine <= theirs + slack, f"{name}: ours {mine:.2e}, plain {theirs:.2e} from fp64"
+        assert mine <= theirs * (1.5 if low else 1.0) + slack, f"{name}: ours {mine:.2e}, plain {theirs:.2e} from fp64"
         assert ours.grads[name].dtype == plain.grads[name].dtype
+    wide = torch.cat([g.flatten() for g in truth.grads.values()])
+    mine, theirs = (error(torch.cat([r.grads[n].flatten() for n in truth.grads]), wide) for r in (ours, plain))
+    assert mine <= theirs * 1.05 + slack / 4, f"all gradients: ours {mine:.2e}, plain {theirs:.2e} from fp64"
     return ours
 
 

@@ -45,7 +45,8 @@ def hf(name: str, **overrides: Any) -> nn.Module:
         "mamba2": lambda: t.Mamba2ForCausalLM(t.Mamba2Config(
             hidden_size=32, num_hidden_layers=2, vocab_size=128, state_size=8, num_heads=8, head_dim=8, n_groups=1,
             chunk_size=8, use_cache=False, **overrides)),
-        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**small, num_local_experts=4, num_experts_per_tok=2, **overrides)),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**small, num_local_experts=4, num_experts_per_tok=2,
+            experts_implementation="eager", **overrides)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(
             d_model=32, d_ff=96, d_kv=8, num_layers=2, num_heads=4, vocab_size=128, dropout_rate=0.0, use_cache=False,
             decoder_start_token_id=0, **overrides)),
@@ -87,7 +88,7 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1))
+        return F.cross_entropy(logits.flatten(0, -2), labels.reshape(-1))
 
 
 def token_inputs(batch: int = B, length: int = S, vocab: int = V) -> dict[str, Any]:
