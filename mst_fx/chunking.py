@@ -69,7 +69,12 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
     itemsize = 4 if context.config.accumulate == "float32" else 0
     accumulators = sum(math.prod(s.shape) * max(itemsize, s.dtype.itemsize) for s in lifted.body.shared if s.needs_grad)
     plan = plan_chunks(
-        region.kind, hint, wide * (2 if trains else 1), narrow, accumulators if trains else 0, context.config.chunk_tokens
+        region.kind,
+        hint,
+        wide * (2 if trains else 1),
+        narrow,
+        accumulators if trains else 0,
+        context.config.chunk_tokens,
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
 
@@ -144,7 +149,9 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
             compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
             text += backward.graph.print_readable(print_output=False)
     except Exception as e:
-        raise BodyError(f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+        raise BodyError(
+            f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+        ) from e
     BODIES[name] = CompiledBody(
         body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate
     )

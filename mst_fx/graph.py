@@ -76,7 +76,11 @@ def is_in_place(node: fx.Node) -> bool:
         return True
     name = getattr(node.target, "__name__", "")
     module = getattr(node.target, "__module__", "")
-    if module == "_operator" and name.startswith("i") and name not in ("is_", "is_not", "inv", "invert", "index", "indexOf"):
+    if (
+        module == "_operator"
+        and name.startswith("i")
+        and name not in ("is_", "is_not", "inv", "invert", "index", "indexOf")
+    ):
         return True
     return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_", "is_")
 
@@ -114,7 +118,20 @@ def is_parameter_like(node: Any, outer: dict[fx.Node, fx.Node] | None = None) ->
     return True
 
 
-_LAYOUT_METHODS = {"t", "T", "transpose", "permute", "contiguous", "to", "float", "bfloat16", "half", "view", "reshape", "mT"}
+_LAYOUT_METHODS = {
+    "t",
+    "T",
+    "transpose",
+    "permute",
+    "contiguous",
+    "to",
+    "float",
+    "bfloat16",
+    "half",
+    "view",
+    "reshape",
+    "mT",
+}
 
 
 def layout_root(node: Any) -> Any:

@@ -11,7 +11,9 @@ def text_diff(report: Report) -> str:
     """Return the summary, the changed lines of the graph and the bodies they call."""
     changed = [
         line
-        for line in difflib.unified_diff(report.before.splitlines(), report.after.splitlines(), "before", "after", "", "", 1, "")
+        for line in difflib.unified_diff(
+            report.before.splitlines(), report.after.splitlines(), "before", "after", "", "", 1, ""
+        )
     ]
     bodies = [f"\nbody {name}:\n{code}" for name, code in report.bodies]
     return "\n".join([str(report), "", *changed, *bodies])

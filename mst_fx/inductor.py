@@ -8,6 +8,7 @@ Facts this file rests on (seen on 2.11 and 2.13):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-__all__ = ["compile_body", "compile_graph", "fake_mode_of", "mode_options", "symbolic_inputs"]
+__all__ = ["compile_body", "compile_graph", "cpu_multiplies", "fake_mode_of", "mode_options", "symbolic_inputs"]
 
 MINIMUM_TORCH = (2, 11)
 
@@ -32,6 +33,13 @@ MINIMUM_TORCH = (2, 11)
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Return the Inductor options that ``torch.compile(mode=...)`` stands for."""
     return dict(list_mode_options(mode)) if mode else {}
+
+
+@functools.cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of a low-precision dtype."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return name is None or bool(getattr(torch.ops.mkldnn, name)())
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:

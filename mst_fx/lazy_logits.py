@@ -74,7 +74,9 @@ class _Deferred:
                 back = [self.spec.order.index(d) for d in range(len(sizes))]
                 self.value = out.reshape(sizes).permute(back)
             self.inputs = []
-        return self.value
+        value = self.value
+        assert value is not None
+        return value
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -103,7 +105,10 @@ class LazyLogits(torch.Tensor):
     _casts: tuple[torch.dtype, ...]
 
     @staticmethod
-    def __new__(cls, deferred: _Deferred, casts: tuple[torch.dtype, ...], device: torch.device, grad: bool) -> LazyLogits:
+    def __new__(
+        cls, deferred: _Deferred, casts: tuple[torch.dtype, ...], device: torch.device, grad: bool
+    ) -> LazyLogits:
+        """Make a tensor of the deferred shape that owns no storage."""
         self = torch.Tensor._make_wrapper_subclass(
             cls, deferred.shape, dtype=casts[-1], device=device, requires_grad=grad
         )
@@ -156,13 +161,15 @@ _CASTS = {
     torch.Tensor.bfloat16: torch.bfloat16,
     torch.Tensor.double: torch.float64,
 }
-_ATTRIBUTES = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "ndim", "layout", "is_cuda", "is_sparse",
-                 "is_quantized", "is_meta", "grad", "is_cpu", "is_nested", "is_mkldnn", "itemsize", "nbytes")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
-     torch.is_floating_point, torch.Tensor.nelement, torch.Tensor.is_complex, torch.is_complex, torch.Tensor.get_device,
-     torch.numel}  # fmt: skip
+_PROPERTIES = (
+    "shape dtype device requires_grad grad_fn is_leaf ndim layout grad is_cpu is_cuda is_sparse is_quantized is_meta "
+    "is_nested is_mkldnn itemsize nbytes"
+).split()
+_ATTRIBUTES = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES} | {
+    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
+    torch.is_floating_point, torch.Tensor.nelement, torch.Tensor.is_complex, torch.is_complex, torch.Tensor.get_device,
+    torch.numel,
+}  # fmt: skip
 
 
 def _cast(func: Any, lazy: LazyLogits, args: Any, kwargs: Any) -> torch.dtype | None:

@@ -140,11 +140,7 @@ def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
     lifter = Lifter(region, fake_mode)
     try:
         lifter.record()
-        outputs = [
-            Output(t, lifter.rows[t], read_loss(t) if is_loss(t) else None)
-            for t in region.terminals
-            if t.users
-        ]
+        outputs = [Output(t, lifter.rows[t], read_loss(t) if is_loss(t) else None) for t in region.terminals if t.users]
         return finish_lift(lifter, outputs)
     except MixesTokensError as e:
         return Mismatch(f"not supported: {e}", region.source)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mst_fx.body import Backward, InputSpec, Term
+from mst_fx.inductor import cpu_multiplies
 from mst_fx.plan import chunk_bounds
 
 PRODUCT_BLOCK_BYTES = 4 * 2**20
@@ -113,7 +114,9 @@ def _map_backward(ctx: Any, grads: Any) -> Any:
     tangents = []
     for i in found.differentiable:
         shape, dtype = found.outputs[i]
-        tangents.append(chunked[0].new_zeros((chunked[0].shape[0], *shape), dtype=dtype) if grads[i] is None else grads[i])
+        tangents.append(
+            chunked[0].new_zeros((chunked[0].shape[0], *shape), dtype=dtype) if grads[i] is None else grads[i]
+        )
     results = torch.ops.mst_fx.map_backward(tangents, chunked, shared, seed, ctx.body, ctx.chunk_tokens)
     return *_spread(found, results, n, m), None, None, None
 
@@ -175,9 +178,16 @@ MAP, SUM = torch.ops.mst_fx.map.default, torch.ops.mst_fx.sum.default
 
 
 def _run_backward(
-    found: CompiledBody, chunked: Any, shared: Any, seed: Any, tangents: Any, chunk_tokens: int, totals: list[Any] | None
+    found: CompiledBody,
+    chunked: Any,
+    shared: Any,
+    seed: Any,
+    tangents: Any,
+    chunk_tokens: int,
+    totals: list[Any] | None,
 ) -> list[torch.Tensor]:
-    assert found.backward is not None and found.plan is not None
+    assert found.backward is not None
+    assert found.plan is not None
     plan, tokens = found.plan, chunked[0].shape[0]
     rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
     sums = {t: None for terms in plan.shared.values() for t in map(id, terms)}
@@ -223,13 +233,20 @@ def _accumulate(total: Any, term: Term, values: list[torch.Tensor], found: Compi
         else:
             torch.addmm(total, a, b, out_dtype=dtype, out=total)
         return total
-    # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. A block of the product at a
-    # time stays in cache while it is added, and no second buffer of the weight's size exists.
-    step = max(1, PRODUCT_BLOCK_BYTES // (b.shape[1] * b.element_size()))
+    # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. Where the CPU multiplies bf16
+    # fast, a block of the product is rounded and added while it is in cache; where it does not, the factors
+    # are widened block by block and the sum is exact.
+    step = max(1, PRODUCT_BLOCK_BYTES // (max(a.shape[1], b.shape[1]) * dtype.itemsize))
+    wide = None if cpu_multiplies(a.dtype) else b.to(dtype)
     for start in range(0, a.shape[0], step):
-        part = torch.mm(a[start : start + step], b)
-        block = total[start : start + step]
-        block.copy_(part) if first else block.add_(part)
+        factor, block = a[start : start + step], total[start : start + step]
+        if wide is None:
+            part = torch.mm(factor, b)
+            block.copy_(part) if first else block.add_(part)
+        elif first:
+            torch.mm(factor.to(dtype), wide, out=block)
+        else:
+            block.addmm_(factor.to(dtype), wide)
     return total
 
 

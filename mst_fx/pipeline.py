@@ -60,7 +60,12 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
         tuple(context.reports), tuple(notes), before, readable(rewritten) if chunked else before,
         tuple(context.bodies.items()),
     )  # fmt: skip
-    log.info("mst: %d of %d regions chunked in %.2f s", len(report.chunked), len(report.regions), time.perf_counter() - started)
+    log.info(
+        "mst: %d of %d regions chunked in %.2f s",
+        len(report.chunked),
+        len(report.regions),
+        time.perf_counter() - started,
+    )
     for region in report.regions:
         log.debug("mst: %s", region)
     if config.strict and not chunked and trains_loss(module):
@@ -104,11 +109,13 @@ def collect_graphs(module: fx.GraphModule) -> list[Graph]:
     return found
 
 
-def _collect(module: fx.GraphModule, outer: dict[Any, Any], ambient: Any, checkpointed: bool, found: list[Graph]) -> None:
+def _collect(
+    module: fx.GraphModule, outer: dict[Any, Any], ambient: Any, checkpointed: bool, found: list[Graph]
+) -> None:
     with ambient(), walking(module) as nodes:
         for node in nodes:
             if node.op == "call_function" and node.target is CHECKPOINT:
-                inner = getattr(module, node.args[0].target)
+                inner = getattr(module, str(node.args[0].target))  # pyright: ignore
                 holders = [n for n in inner.graph.nodes if n.op == "placeholder"]
                 for holder, value in zip(holders, node.args[1:], strict=False):
                     if "example_value" not in holder.meta and isinstance(value, fx.Node):
@@ -151,8 +158,8 @@ def _notes(module: fx.GraphModule) -> list[str]:
                 root = root.all_input_nodes[0]
             if isinstance(root, fx.Node) and root.op == "placeholder":
                 notes.append(
-                    f"a loss in this graph reads logits (`{root.name}`) made in another one: a graph break lies between head "
-                    "and loss. Compile one function that holds both (TORCH_LOGS=graph_breaks shows the break)."
+                    f"a loss in this graph reads logits (`{root.name}`) made in another one: a graph break lies between "
+                    "head and loss. Compile one function that holds both (TORCH_LOGS=graph_breaks shows the break)."
                 )
     return notes
 
@@ -162,7 +169,9 @@ def readable(module: fx.GraphModule) -> str:
     lines = []
     for node in module.graph.nodes:
         value = fake(node)
-        kind = f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        kind = (
+            f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        )
         if node.op == "placeholder":
             lines.append(f"{node.name}{kind} = placeholder")
         elif node.op == "output":

@@ -105,7 +105,12 @@ class Walk:
             return
         reduced = [n for n in node.all_input_nodes if n in self.narrow]
         if not inputs:
-            if reduced and node.op != "output" and not is_loss(node) and len({id(self.narrow[n]) for n in reduced}) == 1:
+            if (
+                reduced
+                and node.op != "output"
+                and not is_loss(node)
+                and len({id(self.narrow[n]) for n in reduced}) == 1
+            ):
                 self._continue_narrow(self.narrow[reduced[0]], node)
             return
         if node.op == "output":
@@ -214,7 +219,7 @@ class Walk:
         if narrow_only and widest > region.in_features:
             return
         region.nodes.append(node)
-        if amplifier or widest > region.in_features and not (projection and widest <= region.wide_features / 2):
+        if amplifier or (widest > region.in_features and not (projection and widest <= region.wide_features / 2)):
             self.wide[node] = region
         elif projection or is_loss(node):
             region.terminals.append(node)
@@ -266,9 +271,7 @@ def projection_input(node: fx.Node) -> tuple[fx.Node, Any] | None:
         return None
     elif node.target in _MATMULS or getattr(node.target, "__name__", "") == "matmul":
         pair = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    elif node.target is torch.addmm:
-        pair = node.args[1], node.args[2]
-    elif node.target is torch.einsum and len(node.args) == 3:
+    elif node.target is torch.addmm or (node.target is torch.einsum and len(node.args) == 3):
         pair = node.args[1], node.args[2]
     else:
         return None
@@ -297,9 +300,10 @@ def contracts_over_tokens(x: fx.Node) -> bool:
         if value is None:
             return False
         n = value.ndim
-        if name in ("transpose", "swapaxes", "swapdims") and n - 1 in (node.args[1] % n, node.args[2] % n):
+        args: Any = node.args
+        if name in ("transpose", "swapaxes", "swapdims") and n - 1 in (args[1] % n, args[2] % n):
             return True
-        order = list(node.args[1:]) if name == "permute" else []
+        order = list(args[1:]) if name == "permute" else []
         order = list(order[0]) if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
         if order and order[-1] % n != n - 1:
             return True
@@ -326,7 +330,7 @@ _REDUCTIONS = {"sum", "mean", "logsumexp", "amax", "amin", "max", "min", "argmax
 
 def _reduces(node: fx.Node) -> bool:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _REDUCTIONS or node.target is operator.getitem and _reduces(node.all_input_nodes[0])
+    return name in _REDUCTIONS or (node.target is operator.getitem and _reduces(node.all_input_nodes[0]))
 
 
 def _title(node: fx.Node) -> str:

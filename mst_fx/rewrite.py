@@ -133,13 +133,19 @@ def _hoist(graph: fx.Graph, lifted: Lifted) -> list[fx.Node]:
     return [place(n) for n in lifted.hoisted]
 
 
-def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, reduction: str, summed: bool) -> fx.Node:
+def _give_back(
+    graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, reduction: str, summed: bool
+) -> fx.Node:
     """Turn rows into the shape the readers expect, or per-token losses into the loss."""
     old = fake_tensor(output.node)
     assert old is not None
     if reduction == "none":
         return _unflatten(graph, lifted, output, value, old.shape)
-    total = value if summed else graph.call_method("sum", (value,), {"dtype": torch.promote_types(old.dtype, torch.float32)})
+    total = (
+        value
+        if summed
+        else graph.call_method("sum", (value,), {"dtype": torch.promote_types(old.dtype, torch.float32)})
+    )
     if reduction == "mean":
         assert output.loss is not None
         total = graph.call_function(torch.div, (total, count_tokens(graph, output.loss)))

@@ -150,7 +150,7 @@ def _bmm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) 
 
 @rule(aten.convolution)
 def _convolution(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    x, weight, bias, stride, padding, _, transposed, _, groups = args
     row = b.row(x)
     pointlike = all(is_one(s) for s in weight.shape[2:]) and all(s == 1 for s in stride) and not any(padding)
     if not pointlike or groups != 1 or transposed:
@@ -331,8 +331,11 @@ def _along(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any
     if x.kinds[dim]:
         raise MixesTokensError(f"{_name(func)} works along the tokens")
     given["dim"] = x.feature_dim(dim)
-    node = b.emit(func, x.node, *(given[a.name] for a in func._schema.arguments[1:] if not a.kwarg_only),
-                  **{a.name: given[a.name] for a in func._schema.arguments if a.kwarg_only and a.name in given})  # fmt: skip
+    rest = func._schema.arguments[1:]
+    positional = [given[a.name] for a in rest if not a.kwarg_only]
+    node = b.emit(
+        func, x.node, *positional, **{a.name: given[a.name] for a in rest if a.kwarg_only and a.name in given}
+    )
     if len(outs) == 1:
         return [Row(x.kinds, node)]
     return [Row(x.kinds, b.emit(_getitem, node, i)) for i in range(len(outs))]

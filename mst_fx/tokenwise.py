@@ -55,8 +55,9 @@ class RowTracer(TorchDispatchMode):
     def _record_shared(self, func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise MixesTokensError(f"draws random numbers ({func.overloadpacket})")
-        if not all(isinstance(v, (int, torch.dtype, torch.device, float, bool, type(None), str, torch.Tensor, torch.layout,
-                                  torch.memory_format)) for v in pytree.tree_leaves((args, kwargs))):  # fmt: skip
+        if any(
+            isinstance(v, torch.SymInt | torch.SymFloat | torch.SymBool) for v in pytree.tree_leaves((args, kwargs))
+        ):
             raise MixesTokensError("computes with the number of tokens")
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.b.shared, (tuple(args), kwargs))
         node = self.b.emit(func, *args, **kwargs)

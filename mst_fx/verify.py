@@ -1,8 +1,8 @@
 """The contract after every pass; a violation is a bug of ours and raises, naming the pass and the node.
 
-    * placeholders are untouched, the graph is well formed;
-    * every new node runs on fake values, and what replaces a value has its shape, dtype and device;
-    * outputs keep their number, shapes and dtypes, but for logits put off until they are read.
+* placeholders are untouched, the graph is well formed;
+* every new node runs on fake values, and what replaces a value has its shape, dtype and device;
+* outputs keep their number, shapes and dtypes, but for logits put off until they are read.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ def loss_of(output: Any) -> torch.Tensor:
 
 def step(model: torch.nn.Module, inputs: dict[str, Any], compile_with: dict[str, Any] | None, autocast: bool) -> Run:
     """One forward and backward; gradients of every parameter and of every input that requires one."""
-    inputs = {k: v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    inputs = {
+        k: v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
+        for k, v in inputs.items()
+    }
     model.zero_grad(set_to_none=True)
     before = len(mst_fx.reports())
     fn: Callable[..., Any] = model if compile_with is None else torch.compile(model, **compile_with)
@@ -52,7 +55,9 @@ def step(model: torch.nn.Module, inputs: dict[str, Any], compile_with: dict[str,
 def to_double(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     wide = copy.deepcopy(model).double()
     return wide, {
-        k: v.detach().double().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        k: v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
         for k, v in inputs.items()
     }
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-B, S, H, I, V = 2, 23, 16, 48, 61
+B, S, H, V = 2, 23, 16, 61
+I = 48  # noqa: E741
 
 
 # -- Transformers ------------------------------------------------------------------------------------
@@ -30,13 +31,15 @@ def hf(name: str, **overrides: Any) -> nn.Module:
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**small, **overrides)),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**small, head_dim=8, **overrides)),
         "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**small, **overrides)),
-        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**small, head_dim=8, attn_implementation="eager", **overrides)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(
+            **small, head_dim=8, attn_implementation="eager", **overrides)),
         "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**small, head_dim=8, **overrides)),
         "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**small, **overrides)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(
             n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64, use_cache=False, resid_pdrop=0.0,
             embd_pdrop=0.0, attn_pdrop=0.0, **overrides)),
-        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**{k: v for k, v in small.items() if k != "num_key_value_heads"}, **overrides)),
+        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(
+            **{k: v for k, v in small.items() if k != "num_key_value_heads"}, **overrides)),
         "gptj": lambda: t.GPTJForCausalLM(t.GPTJConfig(
             n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64, rotary_dim=4, use_cache=False,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **overrides)),
@@ -54,8 +57,8 @@ def hf(name: str, **overrides: Any) -> nn.Module:
             hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
             max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **overrides)),
         "vit": lambda: t.ViTForImageClassification(t.ViTConfig(
-            hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=20, patch_size=4,
-            num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **overrides)),
+            hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=20,
+            patch_size=4, num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **overrides)),
     }  # fmt: skip
     return build[name]().train()
 
@@ -254,7 +257,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sort_tokens": (lambda: Between(lambda x: x.sort(1).values), "sort"),
     "shift": (lambda: Between(lambda x: torch.cat([x[:, :1], x[:, :-1]], 1)), "token"),
     "reorder": (lambda: Between(lambda x: x.transpose(0, 1).reshape(x.shape)), "reorders"),
-    "fold_tokens": (lambda: Between(lambda x: F.gelu(x.reshape(x.shape[0], -1, 2 * S).cumsum(-1)).reshape(x.shape)), "token"),
+    "fold_tokens": (
+        lambda: Between(lambda x: F.gelu(x.reshape(x.shape[0], -1, 2 * S).cumsum(-1)).reshape(x.shape)),
+        "token",
+    ),
     "topk_tokens": (lambda: Between(lambda x: x * (x >= x.topk(3, dim=1).values[:, -1:])), "topk"),
     "matrix_per_sequence": (lambda: Between(lambda x: torch.softmax(x @ x.transpose(1, 2), -1) @ x), "multiplies"),
 }

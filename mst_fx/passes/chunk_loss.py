@@ -30,6 +30,13 @@ from mst_fx.rewrite import erase_dead
 from mst_fx.rows import MixesTokensError, same_size
 
 
+_LOGITS_NOTES = {
+    "lazy": "; returned logits are lazy",
+    "keep": "; returned logits are kept",
+    "drop": "; returned logits are dropped",
+}
+
+
 def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
     """Chunk every legal, worthwhile loss of one graph."""
     regions = [r for r in find_regions(graph.module, context.fake_mode, graph.outer) if r.kind == "loss"]
@@ -49,7 +56,7 @@ def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
     lifted, reductions = _reduced(lifted)
     op, note = _choose_op(lifted, reductions, graph, context)
     if logits:
-        note += {"lazy": "; returned logits are lazy", "keep": "; returned logits are kept", "drop": "; returned logits are dropped"}[context.config.logits]  # fmt: skip
+        note += _LOGITS_NOTES[context.config.logits]
     report = chunk_region(lifted, op, reductions, context, note)
     if report.status == "chunked" and context.config.logits != "keep":
         for value, head in logits:
@@ -64,8 +71,8 @@ def check_loss(region: Region, graph: Graph) -> Mismatch | None:
         if region.problems:
             return Mismatch(f"not legal: {region.problems[0].reason}", region.source)
         return Mismatch(
-            "the logits are returned and no loss is computed from them in this graph; if you train on them, compute the "
-            "loss inside the compiled function, without a graph break between",
+            "the logits are returned and no loss is computed from them in this graph; if you train on them, compute "
+            "the loss inside the compiled function, without a graph break between",
             region.source,
         )
     if region.problems:
@@ -155,7 +162,9 @@ def _choose_op(lifted: Lifted, reductions: dict[Output, str], graph: Graph, cont
 # -- returned logits ---------------------------------------------------------------------------------
 
 
-def _read_logits(region: Region, lifted: Lifted, graph: Graph, context: Context) -> list[tuple[fx.Node, Any]] | Mismatch:
+def _read_logits(
+    region: Region, lifted: Lifted, graph: Graph, context: Context
+) -> list[tuple[fx.Node, Any]] | Mismatch:
     """Lift the head alone for every logits value that is returned."""
     heads = []
     for value in dict.fromkeys(v for v, _ in region.leaving):

@@ -45,7 +45,8 @@ def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
         projected = projection_input(chain[-1])
         if projected is not None:
             x, out = fake_tensor(projected[0]), fake_tensor(chain[-1])
-            assert x is not None and out is not None
+            assert x is not None
+            assert out is not None
             wide = x.ndim == out.ndim and chain[-1].op == "call_function" and chain[-1].args[0] is projected[0]
             is_linear = getattr(chain[-1].target, "__name__", "") == "linear"
             ok = wide and is_linear and out.shape[-1] > AMPLIFICATION * x.shape[-1]
@@ -78,6 +79,7 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
     with graph.inserting_before(node):
         value = graph.call_function(operator.getitem, (x, node.args[1]))
         env = {x: value}
+        new = value
         for old in reversed(chain):
             new = graph.node_copy(old, lambda n: env.get(n, n))
             new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}

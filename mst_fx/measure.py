@@ -1,0 +1,46 @@
+"""Peak memory of a piece of work over its start, on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Start a process with these for its resident size to mean something: glibc keeps freed memory otherwise."""
+
+
+def peak_over_start(run: Callable[[], Any], device: str) -> tuple[int, Any]:
+    """Return the bytes ``run()`` needs at its peak beyond what was there before, and its result.
+
+    On Linux the resident size of this process is read; elsewhere a CPU has no such reading and the growth of
+    the process's highest resident size ever stands in, which is 0 if it has been higher before.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start, result
+    if sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+        start = _status("VmRSS")
+        result = run()
+        return _status("VmHWM") - start, result
+    import resource
+
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = run()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * unit, result
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
