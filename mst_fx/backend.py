@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from mst_fx import inductor
-from mst_fx.config import Config
+from mst_fx.config import Config, OptionError
 from mst_fx.lazy_logits import build_outputs
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report
@@ -41,6 +41,7 @@ def mst(
     Raises:
         OptionError: (a ``ValueError``) on an unknown ``mst.`` option or a bad value.
     """
+    check_torch()
     config = Config.parse(options, inductor.mode_options(mode))
     join_graphs()
     module, report, logits = run_passes(gm, config)
@@ -54,6 +55,18 @@ def mst(
         return build_outputs(compiled(*args), args, logits, count)
 
     return run
+
+
+def check_torch() -> None:
+    """Refuse a torch that this backend was never run with.
+
+    Raises:
+        OptionError: If torch is older than the oldest supported version.
+    """
+    oldest = inductor.MINIMUM_TORCH
+    if tuple(map(int, torch.__version__.split(".")[:2])) < oldest:
+        wanted = ".".join(map(str, oldest))
+        raise OptionError(f"backend 'mst' needs torch {wanted} or newer, this is {torch.__version__}")
 
 
 def reports() -> list[Report]:

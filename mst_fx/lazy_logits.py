@@ -162,9 +162,9 @@ _CASTS = {
     torch.Tensor.double: torch.float64,
 }
 _PROPERTIES = (
-    "shape dtype device requires_grad grad_fn is_leaf ndim layout grad is_cpu is_cuda is_sparse is_quantized is_meta "
-    "is_nested is_mkldnn itemsize nbytes"
-).split()
+    "shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "ndim", "layout", "grad", "is_cpu", "is_cuda",
+    "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "itemsize", "nbytes",
+)  # fmt: skip
 _ATTRIBUTES = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES} | {
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
     torch.is_floating_point, torch.Tensor.nelement, torch.Tensor.is_complex, torch.is_complex, torch.Tensor.get_device,

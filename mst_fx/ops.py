@@ -190,29 +190,32 @@ def _run_backward(
     assert found.plan is not None
     plan, tokens = found.plan, chunked[0].shape[0]
     rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
-    sums = {t: None for terms in plan.shared.values() for t in map(id, terms)}
-    accumulators: dict[int, torch.Tensor | None] = dict(sums)
+    sums: dict[int, torch.Tensor | None] = {id(t): None for terms in plan.shared.values() for t in terms}
     weights = _as_compiled(found.shared, shared)
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
-        results = found.backward(
-            *_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)
-        )
-        if totals is not None:
-            totals.append(results[0])
-        for position, output in plan.chunked.items():
-            if output is None:
-                rows[position][start:end].zero_()
-            else:
-                rows[position][start:end].copy_(results[output])
-        for position, terms in plan.shared.items():
-            for term in terms:
-                values = [results[o] for o in term.outputs]
-                accumulators[id(term)] = _accumulate(accumulators[id(term)], term, values, found, position)
-        del results
+        inputs = [*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)]
+        _take_chunk(found, plan, found.backward(*inputs), rows, sums, totals, start, end)
     gradients = [rows[i] for i in plan.chunked]
     for position, terms in plan.shared.items():
-        gradients.append(_finish(terms, accumulators, shared[position]))
+        gradients.append(_finish(terms, sums, shared[position]))
     return gradients
+
+
+def _take_chunk(
+    found: CompiledBody, plan: Backward, results: Any, rows: Any, sums: Any, totals: Any, start: int, end: int
+) -> None:
+    """Put one chunk's results where they belong. A function, so that its wide values die before the next chunk."""
+    if totals is not None:
+        totals.append(results[0])
+    for position, output in plan.chunked.items():
+        if output is None:
+            rows[position][start:end].zero_()
+        else:
+            rows[position][start:end].copy_(results[output])
+    for position, terms in plan.shared.items():
+        for term in terms:
+            values = [results[o] for o in term.outputs]
+            sums[id(term)] = _accumulate(sums[id(term)], term, values, found, position)
 
 
 def _accumulate(total: Any, term: Term, values: list[torch.Tensor], found: CompiledBody, position: int) -> torch.Tensor:
@@ -250,10 +253,10 @@ def _accumulate(total: Any, term: Term, values: list[torch.Tensor], found: Compi
     return total
 
 
-def _finish(terms: tuple[Term, ...], accumulators: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+def _finish(terms: tuple[Term, ...], sums: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
     gradient = None
     for term in terms:
-        total = accumulators.pop(id(term))
+        total = sums.pop(id(term))
         if total is None:
             continue
         laid = total if term.layout is None else term.layout(total)

@@ -158,7 +158,7 @@ def _notes(module: fx.GraphModule) -> list[str]:
                 root = root.all_input_nodes[0]
             if isinstance(root, fx.Node) and root.op == "placeholder":
                 notes.append(
-                    f"a loss in this graph reads logits (`{root.name}`) made in another one: a graph break lies between "
+                    f"a loss in this graph reads logits (`{root.name}`) made in another one: a graph break is between "
                     "head and loss. Compile one function that holds both (TORCH_LOGS=graph_breaks shows the break)."
                 )
     return notes

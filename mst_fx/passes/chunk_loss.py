@@ -29,7 +29,6 @@ from mst_fx.report import Mismatch, RegionReport
 from mst_fx.rewrite import erase_dead
 from mst_fx.rows import MixesTokensError, same_size
 
-
 _LOGITS_NOTES = {
     "lazy": "; returned logits are lazy",
     "keep": "; returned logits are kept",

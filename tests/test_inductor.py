@@ -1,0 +1,125 @@
+"""Real compilation: exactness, memory, dynamic lengths, caches."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from mst_fx.measure import MALLOC_ENV
+from tests.harness import check_exact, chunked
+from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def run_script(script: str, **env: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, env={**os.environ, **MALLOC_ENV, **env}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_llama(checkpointing: bool) -> None:
+    model = hf("llama")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ours = check_exact(model, hf_inputs("llama"), compiler="inductor")
+    assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (2, 1)
+
+
+def test_plain_model_in_bf16() -> None:
+    check_exact(LanguageModel(SwiGLU()).bfloat16(), token_inputs(), compiler="inductor", slack=1e-2)
+
+
+@linux
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_is_below_the_tensors_that_must_not_exist(checkpointing: bool) -> None:
+    peaks = run_script(f"""
+        import json, torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from mst_fx.measure import peak_over_start
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=2, vocab_size=4096, use_cache=False)).train()
+        if {checkpointing}:
+            model.gradient_checkpointing_enable()
+        ids = torch.randint(0, 4096, (1, 8192))
+        peaks = []
+        for fn in (model, torch.compile(model, backend="mst", options={{"mst.compiler": "aot_eager"}})):
+            step = lambda: fn(input_ids=ids, labels=ids).loss.backward()
+            step()
+            model.zero_grad()
+            peaks.append(peak_over_start(step, "cpu")[0])
+        print(json.dumps(peaks))
+    """)
+    logits = 8192 * 4096 * 4
+    assert peaks[1] < logits, peaks
+    assert peaks[1] < 0.35 * peaks[0], peaks
+
+
+def test_at_most_two_compilations_for_any_number_of_lengths() -> None:
+    model = LanguageModel(SwiGLU())
+    fn = torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8, "mst.compiler": "aot_eager"})
+    torch._dynamo.utils.counters.clear()
+    for length in (23, 24, 31, 17, 9, 64, 100, 5, 2, 33):
+        inputs = token_inputs(2, length)
+        loss = fn(**inputs)
+        loss.backward()
+        torch.testing.assert_close(loss, model(**inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_symbolic_tokens_are_reported_as_such() -> None:
+    import mst_fx
+
+    fn = torch.compile(LanguageModel(SwiGLU()), backend="mst", dynamic=True,
+                       options={"mst.chunk_tokens": 8, "mst.compiler": "aot_eager"})  # fmt: skip
+    fn(**token_inputs(2, 23))
+    assert {r.kind for r in mst_fx.reports()[-1].chunked} == {"mlp", "loss"}
+    assert all(isinstance(r.tokens, str) for r in mst_fx.reports()[-1].regions)
+
+
+def test_second_process_hits_the_caches(tmp_path: Any) -> None:
+    script = """
+        import json, torch
+        from torch._dynamo.utils import counters
+        torch.manual_seed(0)
+        from tests.models import LanguageModel, SwiGLU, token_inputs
+        fn = torch.compile(LanguageModel(SwiGLU()), backend="mst", options={"mst.chunk_tokens": 8})
+        fn(**token_inputs()).backward()
+        print(json.dumps({k: dict(counters[k]) for k in ("aot_autograd", "inductor")}))
+    """
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    first, second = run_script(script, **env), run_script(script, **env)
+    assert first["aot_autograd"]["autograd_cache_miss"] >= 1
+    assert second["aot_autograd"]["autograd_cache_hit"] >= 1
+    assert second["aot_autograd"].get("autograd_cache_miss", 0) == 0, second
+    assert second["inductor"].get("fxgraph_cache_miss", 0) == 0, second
+    assert second["inductor"].get("fxgraph_cache_bypass", 0) == 0, second
+
+
+def test_entry_point_needs_no_import() -> None:
+    names = run_script("""
+        import json, sys, torch
+        before = "mst_fx" in sys.modules
+        y = torch.compile(lambda x: x + 1, backend="mst", options={"mst.compiler": "aot_eager"})(torch.ones(2))
+        listed = "mst" in torch._dynamo.list_backends()
+        print(json.dumps([before, "mst_fx" in sys.modules, "transformers" in sys.modules, listed]))
+    """)
+    assert names == [False, True, False, True]
+
+
+def test_aot_eager_and_inductor_agree_on_a_no_grad_prompt() -> None:
+    model, inputs = hf("llama").eval(), hf_inputs("llama")
+    with torch.no_grad():
+        expected = model(**inputs).loss
+        torch.testing.assert_close(
+            torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8})(**inputs).loss, expected
+        )

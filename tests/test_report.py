@@ -1,0 +1,132 @@
+"""What the backend says about itself."""
+
+import json
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mst_fx
+from tests.harness import EAGER, reasons
+from tests.models import LanguageModel, SwiGLU, V, hf, hf_inputs, token_inputs
+
+OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
+
+
+def test_explain_describes_every_region() -> None:
+    report = mst_fx.explain(LanguageModel(SwiGLU()), OPTIONS)(**token_inputs())
+    assert [r.kind for r in report.chunked] == ["loss", "mlp"]
+    mlp = report.chunked[1]
+    assert mlp.source.split("/")[-1].startswith("models.py:")
+    assert (mlp.tokens, mlp.chunk_tokens, mlp.num_chunks) == (46, 8, 6)
+    assert mlp.bytes_after < mlp.bytes_before
+    assert mst_fx.reports() == []
+
+
+def test_text_diff_dict_and_page(tmp_path: pathlib.Path) -> None:
+    report = mst_fx.explain(LanguageModel(SwiGLU()), OPTIONS)(**token_inputs())
+    diff = report.diff()
+    assert "+map_default" in diff
+    assert "-linear" in diff
+    assert "silu" in diff.split("body ")[1] + diff.split("body ")[2]
+    data = json.loads(json.dumps(report.to_dict()))
+    assert len(data["regions"]) == 2
+    report.to_html(tmp_path / "r.html")
+    assert "2 of 2 regions chunked" in (tmp_path / "r.html").read_text()
+
+
+def test_reports_lists_compilations_in_order() -> None:
+    torch.compile(LanguageModel(SwiGLU()), backend="mst", options=OPTIONS)(**token_inputs())
+    torch.compile(lambda x: x + 1, backend="mst", options=EAGER)(torch.ones(2))
+    first, second = mst_fx.reports()
+    assert len(first.chunked) == 2
+    assert second.regions == ()
+    assert "no wide token-wise region" in str(second)
+
+
+def test_loss_outside_the_compiled_function_is_named() -> None:
+    model, inputs = hf("llama"), hf_inputs("llama")
+    report = mst_fx.explain(model, OPTIONS)(input_ids=inputs["input_ids"])
+    assert "compute the loss inside the compiled function" in reasons(report)
+
+
+def test_graph_break_between_head_and_loss_is_named() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(16, V)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = self.head(x)
+            torch._dynamo.graph_break()
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    report = mst_fx.explain(Broken(), OPTIONS)(torch.randn(2, 23, 16), torch.randint(0, V, (2, 23)))
+    assert report.num_graphs == 2
+    assert "graph break" in reasons(report)
+
+
+def test_wide_activation_that_is_returned_is_named() -> None:
+    class Returned(SwiGLU):
+        def forward(self, x: torch.Tensor):
+            act = F.silu(self.gate(x)) * self.up(x)
+            return self.down(act), act
+
+    report = mst_fx.explain(Returned(), OPTIONS)(torch.randn(2, 23, 16))
+    assert not report.chunked
+    assert "is returned" in reasons(report)
+
+
+def test_body_that_does_not_compile_is_left_as_it_was(monkeypatch) -> None:
+    import pytest
+
+    import mst_fx.chunking
+
+    def fail(*_):
+        raise RuntimeError("no compiler today")
+
+    monkeypatch.setattr(mst_fx.chunking, "compile_body", fail)
+    monkeypatch.setattr(mst_fx.chunking, "BODIES", {})
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    expected = model(**inputs)
+    with pytest.warns(UserWarning, match="leaves the region at .* as it was: .*no compiler today"):
+        loss = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
+    torch.testing.assert_close(loss, expected)
+    assert "does not compile" in reasons(mst_fx.reports()[-1])
+
+
+def test_in_place_residual_and_in_place_activation() -> None:
+    class InPlace(nn.Module):
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.mlp, self.where = SwiGLU(), where
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.where == "result":
+                y = self.mlp(x)
+                y += x
+                return y
+            wide = self.mlp.gate(x)
+            return self.mlp.down(F.relu(wide, inplace=True))
+
+    for where in ("result", "activation"):
+        model, x = InPlace(where), torch.randn(2, 23, 16, requires_grad=True)
+        torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
+
+
+def test_input_changed_in_place_before_the_region_reads_it_all() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = SwiGLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 1
+            gate = F.silu(self.mlp.gate(x))
+            x.mul_(2)
+            return self.mlp.down(gate * self.mlp.up(x))
+
+    model, x = Between(), torch.randn(2, 23, 16)
+    torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
+    assert "in place" in reasons(mst_fx.reports()[-1])
