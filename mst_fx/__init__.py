@@ -13,7 +13,7 @@ from mst_fx.report import RegionReport as RegionReport
 from mst_fx.report import Report as Report
 
 if TYPE_CHECKING:
-    from mst_fx.explain import explain as explain
+    from mst_fx.dry_run import explain as explain
 
 __version__ = version("mst_fx")
 __all__ = ["RegionReport", "Report", "__version__", "explain", "reports"]
@@ -28,7 +28,7 @@ def reports() -> list[Report]:
 
 def __getattr__(name: str) -> Any:
     if name == "explain":
-        from mst_fx.explain import explain
+        from mst_fx.dry_run import explain
 
         return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,7 +47,8 @@ def mst(
     module, report, logits = run_passes(gm, config)
     _reports.append(report)
     count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
-    compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor))
+    chunked = bool(report.chunked)
+    compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     if not logits:
         return compiled
 

@@ -31,7 +31,10 @@ def source_of(node: fx.Node) -> str:
     """Return ``file:line`` of the user's code that made the node, "<unknown>" without a record."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in', node.meta.get("stack_trace") or "")
     frames = [f for f in frames if "/torch/nn/" not in f[0]] or frames
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else "<unknown>"
+    if frames:
+        return f"{frames[-1][0]}:{frames[-1][1]}"
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    return f"<{modules[-1][0]}>" if modules else "<unknown>"
 
 
 def checkpoint_bodies(module: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, tracing
@@ -80,12 +81,19 @@ def compile_body(
 
 
 def compile_graph(
-    graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any]
+    graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any], chunked: bool
 ) -> Callable[..., Any]:
-    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
-    if compiler == "aot_eager":
-        return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
-    return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
+    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would.
+
+    NOTE [recompute what feeds a loop] AOTAutograd's partitioner saves whatever must exist as a whole in the
+    backward, e.g. the normed input of a matmul, although the residual it comes from is saved too. With wide
+    values gone these are the largest term (half of what a Llama layer keeps, and the S x S mask), so in a
+    graph with chunked regions they may be recomputed, which is pointwise work.
+    """
+    with functorch_config.patch(ban_recompute_materialized_backward=not chunked):
+        if compiler == "aot_eager":
+            return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
+        return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
 
 
 def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

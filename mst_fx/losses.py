@@ -104,7 +104,8 @@ def count_tokens(graph: fx.Graph, call: LossCall) -> fx.Node:
     labels = call.labels
     if call.soft:
         classes = call.logits.meta["example_value"].shape[1]
-        return graph.call_function(operator.floordiv, (graph.call_method("numel", (labels,)), classes))
+        rows = graph.call_function(operator.floordiv, (graph.call_method("numel", (labels,)), classes))
+        return graph.call_method("new_tensor", (labels, rows))
     counted = graph.call_function(torch.ne, (labels, call.ignore_index))
     if call.weight is None:
         return graph.call_method("sum", (counted,))

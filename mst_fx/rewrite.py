@@ -148,10 +148,17 @@ def _give_back(
     )
     if reduction == "mean":
         assert output.loss is not None
-        total = graph.call_function(torch.div, (total, count_tokens(graph, output.loss)))
+        total = _divided(graph, total, count_tokens(graph, output.loss))
     elif reduction == "average":
         total = graph.call_function(torch.div, (total, graph.call_method("size", (_as_counted(graph, lifted), 0))))
     return graph.call_method("to", (total, old.dtype))
+
+
+def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node) -> fx.Node:
+    """Divide by the number of tokens that count; without any the loss is NaN and its gradients are 0, as in torch."""
+    none = graph.call_function(torch.eq, (count, 0))
+    quotient = graph.call_function(torch.div, (total, graph.call_function(torch.add, (count, none))))
+    return graph.call_function(torch.where, (none, float("nan"), quotient))
 
 
 def _as_counted(graph: fx.Graph, lifted: Lifted) -> fx.Node:

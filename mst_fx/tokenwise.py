@@ -128,7 +128,7 @@ def _dropout(builder: RowBuilder, x: torch.Tensor, p: float = 0.5, training: boo
     site, builder.seeds = builder.seeds, builder.seeds + 1
     if inplace:
         raise MixesTokensError("changes a value in place (dropout)")
-    out = torch.empty_like(x)
+    out = x.clone()
     seed = builder.seed_node()
     mask = builder.emit(random.KEEP_MASK, row.node, seed, site, float(p))
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)

@@ -16,7 +16,7 @@ def test_int_chunks_whatever_is_longer() -> None:
 
 def test_auto_leaves_small_and_unprofitable_regions_alone() -> None:
     assert isinstance(plan_chunks("mlp", 512, **MLP, chunk_tokens="auto"), str)
-    assert "not worthwhile" in str(plan_chunks("mlp", 4096, 2**12, 2**8, 2**26, "auto"))
+    assert "not worthwhile" in str(plan_chunks("mlp", 2048, 2**12, 2**8, 2**22, "auto"))
 
 
 def test_auto_never_plans_more_memory_than_before_and_is_monotone() -> None:

@@ -128,5 +128,6 @@ def test_input_changed_in_place_before_the_region_reads_it_all() -> None:
             return self.mlp.down(gate * self.mlp.up(x))
 
     model, x = Between(), torch.randn(2, 23, 16)
-    torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
+    with torch.no_grad():  # with gradients torch itself refuses
+        torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
     assert "in place" in reasons(mst_fx.reports()[-1])
