@@ -141,17 +141,14 @@ def _give_back(
     assert old is not None
     if reduction == "none":
         return _unflatten(graph, lifted, output, value, old.shape)
-    total = (
-        value
-        if summed
-        else graph.call_method("sum", (value,), {"dtype": torch.promote_types(old.dtype, torch.float32)})
-    )
+    wide = torch.promote_types(old.dtype, torch.float32)
+    total = value if summed else graph.call_method("sum", (value,), {"dtype": wide})
     if reduction == "mean":
         assert output.loss is not None
         total = _divided(graph, total, count_tokens(graph, output.loss))
     elif reduction == "average":
         total = graph.call_function(torch.div, (total, graph.call_method("size", (_as_counted(graph, lifted), 0))))
-    return graph.call_method("to", (total, old.dtype))
+    return total if old.dtype == wide else graph.call_method("to", (total, old.dtype))
 
 
 def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node) -> fx.Node:
