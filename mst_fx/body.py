@@ -79,8 +79,8 @@ class Backward:
     """Graph of ``(*chunked, *shared, [seed], *tangents)`` and how its outputs become gradients."""
 
     graph: fx.GraphModule
-    chunked: dict[int, int | None]
-    """Chunked input -> output that holds its rows' gradient, None where it is zero."""
+    chunked: dict[int, int]
+    """Chunked input -> output that holds its rows' gradient. Inputs without a gradient are absent."""
     shared: dict[int, tuple[Term, ...]]
     """Shared input (counted from 0) -> the terms of its gradient."""
     example_inputs: Sequence[Any] = field(repr=False, default=())
@@ -160,7 +160,7 @@ def _peel(body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int
     output = next(n for n in graph.graph.nodes if n.op == "output")
     results = list(output.args[0])
     kept: list[fx.Node] = results[:leading]
-    chunked: dict[int, int | None] = {}
+    chunked: dict[int, int] = {}
     shared: dict[int, tuple[Term, ...]] = {}
 
     def keep(node: fx.Node) -> int:
@@ -169,10 +169,12 @@ def _peel(body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int
         return kept.index(node)
 
     for position, node in zip(body.needs, results[leading:], strict=True):
+        if node is None:
+            continue  # nothing leads from this input to the outputs: it gets no gradient, as in eager
         if position < len(body.chunked):
-            chunked[position] = None if node is None else keep(node)
+            chunked[position] = keep(node)
         else:
-            terms = [] if node is None else _terms(graph.graph, node, [])
+            terms = _terms(graph.graph, node, [])
             shared[position - len(body.chunked)] = tuple(
                 Term(tuple(keep(n) for n in nodes), tuple(shape), layout) for nodes, shape, layout in terms
             )

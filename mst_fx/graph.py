@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Iterator
@@ -69,23 +70,54 @@ def _leave(opened: dict[Any, Any], node: Any) -> None:
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """Whether a Dynamo node changes one of its arguments."""
+    """Whether a Dynamo node may change an argument: by schema, by ``inplace`` or ``out``, by name."""
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     if node.op != "call_function":
         return False
-    if node.kwargs.get("inplace") is True or "out" in node.kwargs or node.target is operator.setitem:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if "out" in node.kwargs or node.target is operator.setitem or _argument(node, "inplace"):
         return True
     name = getattr(node.target, "__name__", "")
-    module = getattr(node.target, "__module__", "")
-    if (
-        module == "_operator"
-        and name.startswith("i")
-        and name not in ("is_", "is_not", "inv", "invert", "index", "indexOf")
-    ):
-        return True
-    return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_", "is_")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _IN_PLACE_OPERATORS
+    return name.endswith("_") and not name.endswith("__")
+
+
+    """Whether a Dynamo node may change an argument in place."""
+    "iand", "ior", "iconcat"
+}  # fmt: skip
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """Return an argument of a call by name, wherever it was given; None without such a parameter."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    try:
+        parameters = inspect.signature(node.target).parameters  # pyright: ignore
+    except (TypeError, ValueError):
+        return None
+    if name not in parameters:
+        return None
+    position = list(parameters).index(name)
+    return node.args[position] if position < len(node.args) else None
+
+
+def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Return for every node which grad-mode switches are in force there; equal states are equal modes."""
+    states: dict[fx.Node, Any] = {}
+    mode: Any = None
+    inference = 0
+    for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            mode = node.args[0]
+        elif name in ("_enter_inference_mode", "_exit_inference_mode"):
+            inference += 1 if name.startswith("_enter") else -1
+        states[node] = (mode is not False, inference)
+    return states
 
 
 def storages(node: fx.Node) -> set[int]:

@@ -11,6 +11,7 @@ Danger:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class LogitsSpec:
     flattened: tuple[tuple[int, ...], ...] = ()
     """For each chunked input the order that brings its token dimensions to the front, then their number."""
     shape: tuple[Any, ...] = ()
-    """Per dimension an int, or (source, dimension) to read it off at run time."""
+    """Per dimension an int, or (source, dimension) to read it off at run time; dimension -1 is the number of tokens."""
     order: tuple[int, ...] = ()
     """Permutation from (tokens, features) to the logits' own dimensions."""
     dtype: torch.dtype = torch.float32
@@ -47,8 +48,12 @@ class _Deferred:
         self.spec = spec
         self.inputs = list(inputs)
         self.versions = [_version(t) for t in inputs]
-        self.shape = tuple(s if isinstance(s, int) else self.inputs[s[0]].shape[s[1]] for s in spec.shape)
+        self.shape = tuple(s if isinstance(s, int) else self._size(*s) for s in spec.shape)
         self.value: torch.Tensor | None = None
+
+    def _size(self, source: int, dim: int) -> int:
+        shape, order = self.inputs[source].shape, self.spec.flattened[source]
+        return shape[dim] if dim >= 0 else math.prod(shape[d] for d in order[: order[-1]])
 
     def compute(self) -> torch.Tensor:
         """Return the logits, computed once.

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.graph import fake_tensor, source_of, walking
+from mst_fx.graph import fake_tensor, walking
 from mst_fx.losses import LossCall, is_loss, per_token_loss, read_loss
 from mst_fx.region import Region, bind_results, projection_input
 from mst_fx.report import Mismatch
@@ -112,6 +112,10 @@ class Lifter:
         else:
             result = run_node(self.builder, node, self.fake_mode)
         found = bind_results(self.builder, node, result)
+        if found and _stops_gradient(node):
+            found = [(value, Row(row.kinds, self.builder.emit(aten.detach.default, row.node))) for value, row in found]
+            for value, row in found:
+                self.builder.bind(value, row)
         if found:
             self.rows[node] = found[0][1]
         return self.rows.get(node)
@@ -154,7 +158,6 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     """
     region, builder = lifter.region, lifter.builder
     grad = any(_requires_grad(o.node) for o in outputs)
-    _check_grad_mode(region, grad)
     inputs = {node: lifter.input_for(live, grad) for live, node in builder.live_ins.values()}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -190,16 +193,11 @@ def _requires_grad(node: fx.Node) -> bool:
     return value is not None and value.requires_grad
 
 
-def _check_grad_mode(region: Region, grad: bool) -> None:
-    """Refuse a region part of which runs under no_grad while another part trains."""
-    if not grad:
-        return
-    for node in region.nodes:
-        value = fake_tensor(node)
-        if value is None or not value.is_floating_point() or node.target in ("detach", torch.detach):
-            continue
-        if not value.requires_grad and any(_requires_grad(n) for n in node.all_input_nodes):
-            raise MixesTokensError(f"trains in one part and not in another ({source_of(node)})")
+def _stops_gradient(node: fx.Node) -> bool:
+    """Whether a node ran under no_grad (a teacher beside a student): its result is detached in the body too."""
+    value = fake_tensor(node)
+    differentiable = value is not None and value.is_floating_point() and not value.requires_grad
+    return differentiable and any(_requires_grad(n) for n in node.all_input_nodes)
 
 
 def _tokens(live_in: LiveIn) -> Any:

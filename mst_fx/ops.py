@@ -208,10 +208,7 @@ def _take_chunk(
     if totals is not None:
         totals.append(results[0])
     for position, output in plan.chunked.items():
-        if output is None:
-            rows[position][start:end].zero_()
-        else:
-            rows[position][start:end].copy_(results[output])
+        rows[position][start:end].copy_(results[output])
     for position, terms in plan.shared.items():
         for term in terms:
             values = [results[o] for o in term.outputs]

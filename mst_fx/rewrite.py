@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from mst_fx import ops
-from mst_fx.graph import fake_tensor, mutated_storages, storages
+from mst_fx.graph import fake_tensor, grad_states, is_in_place, mutated_storages, storages
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import count_tokens
 from mst_fx.report import Mismatch
@@ -27,29 +27,69 @@ OPS = {"map": ops.MAP, "sum": ops.SUM}
 def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     """Return the node to insert before: behind every live-in, before every reader of an output.
 
-    The region must be convex, and nothing it reads may change in place while it is pending.
+    The region must be convex, nothing it reads may change in place while it is pending, and gradients must
+    be recorded at that place if the region trains.
     """
-    region = lifted.region
-    order = {n: i for i, n in enumerate(region.module.graph.nodes)}
+    region, graph = lifted.region, lifted.region.module.graph
     members = set(region.nodes)
-    extra = [c.weight for o in lifted.outputs if (c := o.loss) is not None] + [
-        c.labels for o in lifted.outputs if (c := o.loss) is not None
-    ]
-    sources = {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}
-    sources |= {n for n in extra if isinstance(n, fx.Node)}
-    behind = max((order[n] for n in sources), default=-1)
+    sources = _sources(lifted)
+    order = {n: i for i, n in enumerate(graph.nodes)}
     readers = [u for o in lifted.outputs for u in o.node.users if u not in members]
-    place = min(readers, key=order.__getitem__)
-    if order[place] <= behind:
-        late = max(sources, key=order.__getitem__)
-        return Mismatch(f"not convex: `{late.name}` is computed after an output is already read", region.source)
+    reader = min(readers, key=order.__getitem__)
+    late = [n for n in sources if order[n] >= order[reader]]
+    if late and not _move_up(graph, late, reader, order):
+        return Mismatch(f"not convex: `{late[0].name}` is computed after an output is already read", region.source)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    last = max((n for n in [*region.nodes, *sources] if order[n] < order[reader]), key=order.__getitem__)
+    # Next to the region, not in front of its reader: that may sit in a no_grad block of its own.
+    place = reader if last.op == "placeholder" else last.next
+    if lifted.trains:
+        states = grad_states(region.module)
+        training = [n for n in region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
+        if not training or states[training[-1]] != states[place.prev]:
+            return Mismatch("its result is first read where gradients are off", region.source)
     first = min(order[n] for n in region.nodes)
-    read = set().union(*(storages(n) for n in sources))
-    held = read.union(*(storages(n) for n in members))
-    for node in region.module.graph.nodes:
+    held = set().union(*(storages(n) for n in [*sources, *members]))
+    for node in graph.nodes:
         if first <= order[node] < order[place] and node not in members and mutated_storages(node) & held:
             return Mismatch(f"a value of the region changes in place (`{node.name}`)", region.source)
     return place
+
+
+def _sources(lifted: Lifted) -> set[fx.Node]:
+    """Return every node the inserted op and what surrounds it reads."""
+    losses = [o.loss for o in lifted.outputs if o.loss is not None]
+    extra = [n for loss in losses for n in (loss.labels, loss.weight) if isinstance(n, fx.Node)]
+    return {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}.union(extra)
+
+
+def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Move values that come late (labels shaped for a loss behind a metric) in front of ``place``.
+
+    Only integers computed from what is there already: they have no gradient and no autocast.
+    """
+    moved: set[fx.Node] = set()
+    stack = list(late)
+    while stack:
+        node = stack.pop()
+        if order[node] < order[place] or node in moved:
+            continue
+        value = fake_tensor(node)
+        if value is None or value.is_floating_point() or is_in_place(node) or _draws(node):
+            return False
+        moved.add(node)
+        stack += node.all_input_nodes
+    last = max(order[n] for n in late)
+    held = set().union(*(storages(n) for m in moved for n in [m, *m.all_input_nodes]))
+    if any(mutated_storages(n) & held for n in graph.nodes if order[place] <= order[n] < last):
+        return False
+    for node in sorted(moved, key=order.__getitem__):
+        place.prepend(node)
+    return True
+
+
+def _draws(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in ("rand", "bernoulli", "multinomial"))
 
 
 def replace(

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -125,6 +126,10 @@ class RowBuilder:
 
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append one op to the row-form graph."""
+        if any(
+            isinstance(v, torch.SymInt | torch.SymFloat | torch.SymBool) for v in pytree.tree_leaves((args, kwargs))
+        ):
+            raise MixesTokensError("computes with the number of tokens")
         return self.graph.call_function(target, args, kwargs)
 
     # -- live-ins -------------------------------------------------------------------------------
@@ -149,7 +154,7 @@ class RowBuilder:
     def chunked(self, tensor: torch.Tensor, kinds: tuple[bool, ...], shape: Sequence[Any] | None = None) -> Row:
         """Take ``tensor`` from outside as rows, expanded to ``shape`` first where tokens share a value."""
         full = tuple(tensor.shape if shape is None else shape)
-        key = (id(tensor), kinds, full)
+        key = (id(tensor), kinds, str(full))  # symbolic sizes have no hash
         if key not in self.live_ins:
             node = self.placeholder(f"chunk_{len(self.live_ins)}")
             self.live_ins[key] = (LiveIn(tensor, kinds, full), node)
@@ -165,7 +170,7 @@ class RowBuilder:
         if isinstance(value, Shared):
             return self.emit(aten.view.default, value.node, list(shape or ())) if viewed else value.node
         full = tuple(tensor.shape if shape is None else shape)
-        key = (id(tensor), None, full)
+        key = (id(tensor), None, str(full))
         if key not in self.live_ins:
             if not all(isinstance(s, int) for s in full):
                 raise MixesTokensError("uses a value whose size changes with the number of tokens as if shared")

@@ -55,10 +55,6 @@ class RowTracer(TorchDispatchMode):
     def _record_shared(self, func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise MixesTokensError(f"draws random numbers ({func.overloadpacket})")
-        if any(
-            isinstance(v, torch.SymInt | torch.SymFloat | torch.SymBool) for v in pytree.tree_leaves((args, kwargs))
-        ):
-            raise MixesTokensError("computes with the number of tokens")
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.b.shared, (tuple(args), kwargs))
         node = self.b.emit(func, *args, **kwargs)
         if len(outs) == 1:

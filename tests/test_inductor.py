@@ -26,7 +26,7 @@ def run_script(script: str, **env: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_llama(checkpointing: bool) -> None:
     model = hf("llama")
     if checkpointing:
@@ -35,33 +35,36 @@ def test_llama(checkpointing: bool) -> None:
     assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_plain_model_in_bf16() -> None:
     check_exact(LanguageModel(SwiGLU()).bfloat16(), token_inputs(), compiler="inductor", slack=1e-2)
 
 
 @linux
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_peak_is_below_the_tensors_that_must_not_exist(checkpointing: bool) -> None:
-    peaks = run_script(f"""
+def test_peak_is_below_the_tensors_that_must_not_exist() -> None:
+    peaks = run_script("""
         import json, torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from torch import nn
+        from torch.nn import functional as F
         from mst_fx.measure import peak_over_start
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=512, num_hidden_layers=2,
-            num_attention_heads=2, vocab_size=4096, use_cache=False)).train()
-        if {checkpointing}:
-            model.gradient_checkpointing_enable()
-        ids = torch.randint(0, 4096, (1, 8192))
+        T, H, I, V = 8192, 32, 1024, 4096
+        embed, up, down, head = nn.Embedding(V, H), nn.Linear(H, I), nn.Linear(I, H), nn.Linear(H, V)
+        model = nn.ModuleList([embed, up, down, head])
+        ids = torch.randint(0, V, (1, T))
+        def plain(ids):
+            x = embed(ids)
+            x = x + down(F.gelu(up(x)))
+            return F.cross_entropy(head(x).flatten(0, 1), ids.flatten())
         peaks = []
-        for fn in (model, torch.compile(model, backend="mst", options={{"mst.compiler": "aot_eager"}})):
-            step = lambda: fn(input_ids=ids, labels=ids).loss.backward()
-            step()
+        for fn in (plain, torch.compile(plain, backend="mst", options={"mst.compiler": "aot_eager"})):
+            fn(ids).backward()
             model.zero_grad()
-            peaks.append(peak_over_start(step, "cpu")[0])
+            peaks.append(peak_over_start(lambda: fn(ids).backward(), "cpu")[0])
         print(json.dumps(peaks))
     """)
-    logits = 8192 * 4096 * 4
-    assert peaks[1] < logits, peaks
-    assert peaks[1] < 0.35 * peaks[0], peaks
+    logits, intermediate = 8192 * 4096 * 4, 8192 * 1024 * 4
+    assert peaks[0] > logits + intermediate, peaks
+    assert peaks[1] < intermediate, peaks
 
 
 def test_at_most_two_compilations_for_any_number_of_lengths() -> None:
@@ -86,6 +89,7 @@ def test_symbolic_tokens_are_reported_as_such() -> None:
     assert all(isinstance(r.tokens, str) for r in mst_fx.reports()[-1].regions)
 
 
+@pytest.mark.slow
 def test_second_process_hits_the_caches(tmp_path: Any) -> None:
     script = """
         import json, torch

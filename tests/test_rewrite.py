@@ -34,12 +34,15 @@ def rewritten(fn: Callable[..., Any], *args: Any, config: Config = CONFIG) -> st
 
 
 def test_swiglu() -> None:
-    assert_expected_inline(rewritten(SwiGLU(), torch.randn(2, 23, 16)), """\
+    assert_expected_inline(
+        rewritten(SwiGLU(), torch.randn(2, 23, 16)),
+        """\
 flatten: float32[46, 16] = flatten(x_, 0, 1)
 map_default = map.default([flatten], [gate_weight_, up_weight_, down_weight_], None, BODY, 8)
 getitem: float32[46, 16] = getitem(map_default, 0)
 unflatten: float32[2, 23, 16] = unflatten(getitem, 0, (2, 23))
-return (unflatten,)""")
+return (unflatten,)""",
+    )
 
 
 def test_head_and_mean_loss() -> None:
@@ -48,7 +51,9 @@ def test_head_and_mean_loss() -> None:
     def fn(h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(h, weight).view(-1, 61).float(), labels.view(-1))
 
-    assert_expected_inline(rewritten(fn, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))), """\
+    assert_expected_inline(
+        rewritten(fn, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))),
+        """\
 view_1: int64[46] = view(labels_, -1)
 flatten: float32[46, 16] = flatten(h_, 0, 1)
 sum_default = sum.default([flatten, view_1], [weight_], None, BODY, 8)
@@ -59,7 +64,8 @@ eq: bool[] = eq(sum_1, 0)
 add: int64[] = add(sum_1, eq)
 div: float32[] = div(getitem, add)
 where: float32[] = where(eq, nan, div)
-return (where,)""")
+return (where,)""",
+    )
 
 
 def test_token_slice_is_hoisted() -> None:
@@ -69,14 +75,17 @@ def test_token_slice_is_hoisted() -> None:
         logits = F.linear(h, weight)[:, :-1].contiguous()
         return F.cross_entropy(logits.view(-1, 61), labels[:, 1:].reshape(-1), reduction="sum")
 
-    assert_expected_inline(rewritten(fn, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))), """\
+    assert_expected_inline(
+        rewritten(fn, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))),
+        """\
 getitem_2: float32[2, 22, 16] = getitem(h_, (slice(None, None, None), slice(None, -1, None)))
 getitem_1: int64[2, 22] = getitem(labels_, (slice(None, None, None), slice(1, None, None)))
 reshape: int64[44] = reshape(getitem_1, -1)
 flatten: float32[44, 16] = flatten(getitem_2, 0, 1)
 sum_default = sum.default([flatten, reshape], [weight_], None, BODY, 8)
 getitem_3: float32[] = getitem(sum_default, 0)
-return (getitem_3,)""")
+return (getitem_3,)""",
+    )
 
 
 def test_second_run_changes_nothing() -> None:

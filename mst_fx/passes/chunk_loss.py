@@ -170,7 +170,13 @@ def _read_logits(
         try:
             lifter = Lifter(region, context.fake_mode)
             lifter.record()
-            heads.append((value, finish_lift(lifter, [Output(value, lifter.rows[value])], hoist=False)))
+            head = finish_lift(lifter, [Output(value, lifter.rows[value])], hoist=False)
+            known = fake_tensor(value)
+            if known is None or any(_size_source(s, head) is None for s in known.shape):
+                return Mismatch(
+                    "not supported: the returned logits have a size that can't be told later", region.source
+                )
+            heads.append((value, head))
         except (MixesTokensError, KeyError) as e:
             return Mismatch(f"not supported: the returned logits can't be computed apart ({e})", region.source)
     return heads
@@ -220,4 +226,4 @@ def _size_source(size: Any, head: Lifted) -> Any:
         for d, s in enumerate(source.live_in.tensor.shape):
             if same_size(s, size):
                 return (i, d)
-    return -1
+    return (0, -1) if same_size(size, head.tokens) else None

@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor
+from mst_fx.graph import fake_tensor, mutated_storages, storages
 from mst_fx.region import AMPLIFICATION, projection_input
 from mst_fx.report import RegionReport
 
@@ -28,7 +28,7 @@ def normalize(graph: Graph, context: Context) -> list[RegionReport]:
     del context
     for node in list(graph.module.graph.nodes):
         chain = find_token_slice(node)
-        if chain is not None:
+        if chain is not None and not _changes_between(graph.module, chain, node):
             hoist_slice(graph.module.graph, node, chain)
     return []
 
@@ -71,20 +71,30 @@ def _slices_tokens(index: Any, ndim: int) -> bool:
     return items[-1] == slice(None) and any(i not in (slice(None), slice(0, None)) for i in items)
 
 
+def _changes_between(module: fx.GraphModule, chain: list[fx.Node], node: fx.Node) -> bool:
+    """Whether a value of the chain changes in place before the slice reads it."""
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    held = set().union(*(storages(n) for n in chain))
+    between = (n for n in module.graph.nodes if order[chain[-1]] < order[n] < order[node])
+    return any(mutated_storages(n) & held for n in between)
+
+
 def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
-    """Recompute the chain on the sliced input of its amplifier, in place of the slice."""
-    amplifier = chain[-1]
-    x = amplifier.args[0]
+    """Compute the chain a second time, on the sliced input of its amplifier, in place of the slice.
+
+    Each copy stands beside what it copies, under the same autocast and grad mode and before whatever
+    changes the input later.
+    """
+    x = chain[-1].args[0]
     assert isinstance(x, fx.Node)
-    with graph.inserting_before(node):
-        value = graph.call_function(operator.getitem, (x, node.args[1]))
-        env = {x: value}
-        new = value
-        for old in reversed(chain):
-            new = graph.node_copy(old, lambda n: env.get(n, n))
-            new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}
-            env[old] = new
-    new.meta["mst_replaces"] = fake_tensor(node)  # pyright: ignore[reportPossiblyUnbound]
+    with graph.inserting_before(chain[-1]):
+        new = graph.call_function(operator.getitem, (x, node.args[1]))
+    env = {x: new}
+    for old in reversed(chain):
+        with graph.inserting_after(old):
+            new = env[old] = graph.node_copy(old, lambda n: env.get(n, n))
+        new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}
+    new.meta["mst_replaces"] = fake_tensor(node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     for old in chain:
