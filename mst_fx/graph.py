@@ -86,8 +86,9 @@ def is_in_place(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-    """Whether a Dynamo node may change an argument in place."""
-    "iand", "ior", "iconcat"
+_IN_PLACE_OPERATORS = {
+    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
+    "itruediv", "ixor",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from mst_fx.graph import fake_tensor, walking
 from mst_fx.losses import LossCall, is_loss, per_token_loss, read_loss
 from mst_fx.region import Region, bind_results, projection_input
 from mst_fx.report import Mismatch
-from mst_fx.rows import LiveIn, MixesTokensError, Row, RowBuilder, aten, numel, same_size
+from mst_fx.rows import LiveIn, MixesTokensError, Row, RowBuilder, aten, concrete, feature_shape, numel, same_size
 from mst_fx.tokenwise import run_node
 
 _VIEWS = {aten.permute.default, aten.view.default, aten.reshape.default, aten.t.default, aten.select.int,
@@ -129,11 +129,15 @@ class Lifter:
         needs = grad_enabled and t.requires_grad and t.is_floating_point()
         if live_in.kinds is None:
             shape = tuple(live_in.shape)
-            stride = tuple(t.stride()) if shape == tuple(t.shape) else _contiguous_stride(shape)
+            stride = (
+                tuple(map(concrete, t.stride()))
+                if shape == tuple(map(concrete, t.shape))
+                else _contiguous_stride(shape)
+            )
             if not all(isinstance(s, int) for s in stride) or 0 in stride:
                 stride = _contiguous_stride(shape)
             return Input(node, live_in, InputSpec(shape, t.dtype, t.device, stride, needs))
-        features = tuple(s for s, k in zip(live_in.shape, live_in.kinds, strict=True) if not k)
+        features = tuple(feature_shape(live_in.shape, live_in.kinds))
         if not all(isinstance(s, int) for s in features):
             raise MixesTokensError("reads rows whose size changes with the number of tokens")
         return Input(node, live_in, InputSpec(features, t.dtype, t.device, None, needs))

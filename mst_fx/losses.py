@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.rows import MixesTokensError, Row, RowBuilder, is_one
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, is_one
 from mst_fx.tokenwise import recording
 
 Reduction = Literal["none", "sum", "mean"]
@@ -78,7 +78,7 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     expected = tuple(d != 1 for d in range(logits.ndim))
     if any(k != e for k, e, s in zip(row.kinds, expected, logits.shape, strict=True) if not is_one(s)):
         raise MixesTokensError("takes a loss over classes that are not the features of a token")
-    classes = logits.shape[1]
+    classes = concrete(logits.shape[1])
     with fake_mode, torch.inference_mode(False), torch.no_grad():
         count = logits.numel() // classes
         rows = torch.empty((count, classes), dtype=logits.dtype, device=logits.device)

@@ -24,7 +24,7 @@ from torch import fx
 from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, source_of, walking
 from mst_fx.losses import is_loss, per_token_loss, read_loss
 from mst_fx.report import Mismatch
-from mst_fx.rows import MixesTokensError, Row, RowBuilder, feature_shape
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, feature_shape
 from mst_fx.tokenwise import run_node
 
 AMPLIFICATION = 1.25
@@ -316,7 +316,7 @@ def contracts_over_tokens(x: fx.Node) -> bool:
 
 
 def _last(value: torch.Tensor) -> Any:
-    return value.shape[-1]
+    return concrete(value.shape[-1])
 
 
 def _features(value: Any, kinds: tuple[bool, ...]) -> int:

@@ -37,21 +37,26 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     readers = [u for o in lifted.outputs for u in o.node.users if u not in members]
     reader = min(readers, key=order.__getitem__)
     late = [n for n in sources if order[n] >= order[reader]]
-    if late and not _move_up(graph, late, reader, order):
+    if late and not _move_up(graph, late, region.nodes[0], order):
         return Mismatch(f"not convex: `{late[0].name}` is computed after an output is already read", region.source)
     order = {n: i for i, n in enumerate(graph.nodes)}
-    last = max((n for n in [*region.nodes, *sources] if order[n] < order[reader]), key=order.__getitem__)
-    # Next to the region, not in front of its reader: that may sit in a no_grad block of its own.
-    place = reader if last.op == "placeholder" else last.next
-    if lifted.trains:
-        states = grad_states(region.module)
-        training = [n for n in region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
-        if not training or states[training[-1]] != states[place.prev]:
+    states = grad_states(region.module)
+    training = [n for n in region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
+    place = reader
+    while lifted.trains and (not training or states[place.prev] != states[training[-1]]):
+        # The reader may sit in a no_grad block: go back to where gradients are recorded.
+        place = place.prev
+        if place in sources or place.op in ("placeholder", "root"):
             return Mismatch("its result is first read where gradients are off", region.source)
-    first = min(order[n] for n in region.nodes)
-    held = set().union(*(storages(n) for n in [*sources, *members]))
+    first = min(order[n] for n in [*region.nodes, place])
+    end = max(order[n] for n in [*region.nodes, place])
+    read, made = (set().union(*(storages(n) for n in nodes)) for nodes in (sources, members))
     for node in graph.nodes:
-        if first <= order[node] < order[place] and node not in members and mutated_storages(node) & held:
+        if order[node] < first or node in members:
+            continue
+        # What the backward recomputes from must stay as it is to the end.
+        held = read if lifted.trains and order[node] >= end else read | made if order[node] < end else set()
+        if mutated_storages(node) & held:
             return Mismatch(f"a value of the region changes in place (`{node.name}`)", region.source)
     return place
 

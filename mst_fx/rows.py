@@ -71,14 +71,23 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def concrete(size: Any) -> Any:
+    """Return a size as an int where it is known to be one, e.g. a symbol that a weight's shape has settled."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.maybe_as_int()
+        return size if known is None else known
+    return size
+
+
 def is_one(size: Any) -> bool:
     """Whether a size is the constant 1 (a symbolic size never is: Dynamo specializes 0 and 1)."""
+    size = concrete(size)
     return isinstance(size, int) and size == 1
 
 
 def feature_shape(shape: Sequence[Any], kinds: Sequence[bool]) -> list[Any]:
     """Return the sizes of the feature dimensions."""
-    return [s for s, k in zip(shape, kinds, strict=True) if not k]
+    return [concrete(s) for s, k in zip(shape, kinds, strict=True) if not k]
 
 
 def numel(sizes: Sequence[Any]) -> Any:
@@ -153,7 +162,7 @@ class RowBuilder:
 
     def chunked(self, tensor: torch.Tensor, kinds: tuple[bool, ...], shape: Sequence[Any] | None = None) -> Row:
         """Take ``tensor`` from outside as rows, expanded to ``shape`` first where tokens share a value."""
-        full = tuple(tensor.shape if shape is None else shape)
+        full = tuple(map(concrete, tensor.shape if shape is None else shape))
         key = (id(tensor), kinds, str(full))  # symbolic sizes have no hash
         if key not in self.live_ins:
             node = self.placeholder(f"chunk_{len(self.live_ins)}")
@@ -169,7 +178,7 @@ class RowBuilder:
         viewed = shape is not None and list(shape) != list(tensor.shape)
         if isinstance(value, Shared):
             return self.emit(aten.view.default, value.node, list(shape or ())) if viewed else value.node
-        full = tuple(tensor.shape if shape is None else shape)
+        full = tuple(map(concrete, tensor.shape if shape is None else shape))
         key = (id(tensor), None, str(full))
         if key not in self.live_ins:
             if not all(isinstance(s, int) for s in full):

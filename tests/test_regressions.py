@@ -1,0 +1,203 @@
+"""Found by trying to break it; each is exact now, chunked or not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mst_fx
+from tests.harness import EAGER, check_exact, chunked
+from tests.models import LanguageModel, SwiGLU, token_inputs
+
+V, H, I = 61, 16, 48  # noqa: E741
+
+
+class Parts(nn.Module):
+    """Embedding, norm, up, down, two heads; ``fn(self, hidden, labels)`` makes the loss."""
+
+    def __init__(self, fn: Callable[..., torch.Tensor], frozen: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(V, H), nn.LayerNorm(H)
+        self.up, self.down = nn.Linear(H, I), nn.Linear(I, H)
+        self.head, self.head2 = nn.Linear(H, V), nn.Linear(H, V)
+        self.fn = fn
+        for name in frozen:
+            getattr(self, name).requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.fn(self, self.embed(ids), labels)
+
+
+def ce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def masked_vocabulary(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = s.head(s.norm(x))
+    logits[..., 50:] = -1e4
+    return ce(logits[:, :-1], labels[:, 1:].clamp(max=49))
+
+
+def scaled_in_place(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = s.head(s.norm(x))
+    logits.mul_(0.5)
+    return ce(logits[:, :-1], labels[:, 1:])
+
+
+def input_changed_after_the_head(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    h = s.norm(x)
+    logits = s.head(h)
+    with torch.no_grad():
+        h.mul_(3.0)
+    return ce(logits[:, :-1], labels[:, 1:])
+
+
+def statistics_under_no_grad(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    y = s.down(F.gelu(s.up(x)))
+    with torch.no_grad():
+        statistic = y.abs().mean()
+    return (y**2).mean() + 0 * statistic + x.mean()
+
+
+def loss_read_under_no_grad(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss = ce(s.head(x), labels)
+    with torch.no_grad():
+        metric = loss * 2
+    return loss + 0 * metric
+
+
+def weights_from_the_loss(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(s.head(x).flatten(0, 1), labels.flatten(), reduction="none")
+    with torch.no_grad():
+        weight = torch.sigmoid(loss)
+    return (loss * weight).mean()
+
+
+def positional_inplace(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    x = x * 1.0
+    y = s.up(x)
+    F.leaky_relu(x, 0.1, True)
+    return (s.down(F.gelu(y)) ** 2).mean() + x.mean()
+
+
+def side_input_changed(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    m = torch.ones(2, 23, 1) * 2
+    y = s.down(F.gelu(s.up(x)) + m)
+    F.hardtanh(m, -1.0, 1.0, True)
+    return (y**2).mean() + m.mean()
+
+
+def aten_in_place(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    m = torch.ones(2, 23, 1) * 2
+    y = s.down(F.gelu(s.up(x)) + m)
+    torch.ops.aten.mul_.Scalar(m, 5)
+    return (y**2).mean() + m.mean()
+
+
+def detached_teacher(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    teacher = s.head2(x).detach()
+    return F.cross_entropy(s.head(x).view(-1, V), F.softmax(teacher, -1).view(-1, V))
+
+
+def no_grad_teacher(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        target = F.softmax(s.head2(x), -1)
+    return F.cross_entropy(s.head(x).view(-1, V), target.view(-1, V))
+
+
+def two_autocast_states(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        logits = s.head(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return ce(logits[:, :-1], labels[:, 1:])
+
+
+def accuracy_first(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = s.head(x)
+    with torch.no_grad():
+        accuracy = (logits.argmax(-1) == labels).float().mean()
+    return ce(logits, labels) + 0 * accuracy
+
+
+def two_heads(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return ce(s.head(x), labels) + 0.5 * ce(s.head2(x), labels.flip(1))
+
+
+def low_rank(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    a, b = s.head.weight[:4, :], s.head2.weight[:I, :4]
+    wide = s.up(x) + 0.5 * F.linear(F.linear(x, a), b)
+    act = F.silu(wide)
+    return (s.down(act) + F.linear(F.linear(act, s.up.weight.T[:4, :]), s.head.weight[:H, :4])).square().mean()
+
+
+def token_count(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return s.down(F.gelu(s.up(x)) / x.shape[1]).square().mean()
+
+
+# name -> (function, frozen parts, MLPs chunked, losses chunked)
+CASES: dict[str, tuple[Callable[..., torch.Tensor], tuple[str, ...], int, int]] = {
+    "masked_vocabulary": (masked_vocabulary, (), 0, 0),
+    "scaled_in_place": (scaled_in_place, (), 0, 0),
+    "input_changed_after_the_head": (input_changed_after_the_head, ("head",), 0, 0),
+    "statistics_under_no_grad": (statistics_under_no_grad, (), 1, 0),
+    "loss_read_under_no_grad": (loss_read_under_no_grad, (), 0, 1),
+    "weights_from_the_loss": (weights_from_the_loss, (), 0, 1),
+    "positional_inplace": (positional_inplace, ("up",), 0, 0),
+    "side_input_changed": (side_input_changed, (), 0, 0),
+    "aten_in_place": (aten_in_place, (), 0, 0),
+    "detached_teacher": (detached_teacher, (), 0, 1),
+    "no_grad_teacher": (no_grad_teacher, (), 0, 1),
+    "two_autocast_states": (two_autocast_states, (), 0, 1),
+    "accuracy_first": (accuracy_first, (), 0, 1),
+    "two_heads": (two_heads, (), 0, 2),
+    "low_rank": (low_rank, (), 1, 0),
+    "token_count": (token_count, (), 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name: str) -> None:
+    fn, frozen, mlps, losses = CASES[name]
+    ours = check_exact(Parts(fn, frozen), token_inputs(), slack=1e-2 if "autocast" in name else None)
+    assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (mlps, losses), str(ours.report)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_with_symbolic_sizes(name: str) -> None:
+    fn, frozen, *_ = CASES[name]
+    check_exact(Parts(fn, frozen), token_inputs(), slack=1e-2 if "autocast" in name else None, dynamic=True)
+
+
+def test_flattened_logits_returned_under_dynamic_shapes() -> None:
+    head = nn.Linear(H, V)
+
+    def fn(x: torch.Tensor, labels: torch.Tensor):
+        logits = head(x)
+        return ce(logits, labels), logits.view(-1, V)
+
+    compiled = torch.compile(fn, backend="mst", dynamic=True, options={"mst.chunk_tokens": 8, **EAGER})
+    for length in (23, 31):
+        x, labels = torch.randn(2, length, H), torch.randint(0, V, (2, length))
+        loss, logits = compiled(x, labels)
+        torch.testing.assert_close(loss, fn(x, labels)[0])
+        torch.testing.assert_close(logits + 0, fn(x, labels)[1])
+    assert chunked(mst_fx.reports()[-1], "loss") == 1
+
+
+def test_module_compile_and_checkpointed_loss() -> None:
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    expected = model(**inputs)
+    model.compile(backend="mst", options={"mst.chunk_tokens": 8, **EAGER})
+    torch.testing.assert_close(model(**inputs), expected)
+
+    class Checkpointed(Parts):
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            run = torch.utils.checkpoint.checkpoint
+            return run(lambda x: ce(self.head(x), labels), self.embed(ids), use_reentrant=False)
+
+    ours = check_exact(Checkpointed(ce), inputs)
+    assert chunked(ours.report, "loss") == 1
+    assert "recomputed" in str(ours.report)
