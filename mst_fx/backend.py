@@ -43,7 +43,6 @@ def mst(
     """
     check_torch()
     config = Config.parse(options, inductor.mode_options(mode))
-    join_graphs()
     module, report, logits = run_passes(gm, config)
     _reports.append(report)
     count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
@@ -79,8 +78,12 @@ def join_graphs() -> None:
     """Keep one log line of Transformers from breaking the graph between head and loss.
 
     ``PreTrainedModel.loss_function`` calls ``logger.warning_once`` for models without a loss type (GPT-2 and
-    others). Dynamo breaks there unless it is told to ignore the method.
+    others). Dynamo breaks there unless it is told to ignore the method. Called when this module is imported,
+    which is before Dynamo traces; a model of Transformers has imported Transformers by then.
     """
     once = getattr(logging.Logger, "warning_once", None)
     if once is not None:
         torch._dynamo.config.ignore_logging_functions.add(once)  # pyright: ignore
+
+
+join_graphs()

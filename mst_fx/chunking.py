@@ -28,6 +28,10 @@ from mst_fx.rewrite import find_place, replace
 log = logging.getLogger(__name__)
 
 
+SYMBOLIC_TOKENS = 2**14
+"""One graph serves every length of a symbolic T, so it is planned for a long one; short ones are one chunk."""
+
+
 @dataclass
 class Graph:
     """One graph to work on: the outermost one or that of a checkpointed block."""
@@ -60,7 +64,7 @@ class BodyError(Exception):
 def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
     """Decide on chunk sizes from shapes."""
     region = lifted.region
-    hint = lifted.tokens if isinstance(lifted.tokens, int) else size_hint(lifted.tokens)
+    hint = lifted.tokens if isinstance(lifted.tokens, int) else max(size_hint(lifted.tokens), SYMBOLIC_TOKENS)
     wide = wide_bytes(region, lifted)
     trains = lifted.trains
     narrow = sum(_row_bytes(s.shape, s.dtype) for s in lifted.body.chunked) + sum(

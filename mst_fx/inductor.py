@@ -51,6 +51,11 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
+def is_plain_fake(value: Any) -> bool:
+    """Whether a fake value is a plain tensor, no DTensor or other subclass around one."""
+    return isinstance(value, FakeTensor)
+
+
 def symbolic_inputs(body: Any, rows: int) -> list[Any]:
     """Make fake inputs of a body whose chunked inputs share one symbolic number of rows."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, source_of, walking
+from mst_fx.inductor import is_plain_fake
 from mst_fx.losses import is_loss, per_token_loss, read_loss
 from mst_fx.report import Mismatch
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, feature_shape
@@ -187,10 +188,11 @@ class Walk:
     def _illegal_input(self, x: fx.Node, weight: Any) -> str | None:
         if contracts_over_tokens(x):
             return "the projection itself mixes tokens: what it sums over was a token dimension before a transpose"
-        for w in weight if isinstance(weight, tuple) else (weight,):
-            if isinstance(w, fx.Node) and layout_root(w).op not in ("placeholder", "get_attr"):
-                if not is_parameter_like(w, self.outer):
-                    return "multiplies two values of the tokens with each other (attention)"
+        subclass = next((type(v).__name__ for v in (fake_tensor(x), fake_tensor(weight)) if not is_plain_fake(v)), None)
+        if subclass is not None:
+            return f"a {subclass} is a tensor subclass, which is not supported"
+        if layout_root(weight).op not in ("placeholder", "get_attr") and not is_parameter_like(weight, self.outer):
+            return "multiplies two values of the tokens with each other (attention)"
         return None
 
     def _joined(self, inputs: list[fx.Node]) -> Region:

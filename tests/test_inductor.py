@@ -120,6 +120,34 @@ def test_entry_point_needs_no_import() -> None:
     assert names == [False, True, False, True]
 
 
+def test_gpt2_is_one_graph_in_a_fresh_process() -> None:
+    chunked = run_script("""
+        import json, torch, sys
+        from transformers import GPT2Config, GPT2LMHeadModel
+        config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=128, n_positions=64, use_cache=False)
+        model = torch.compile(GPT2LMHeadModel(config), backend="mst",
+                              options={"mst.chunk_tokens": 8, "mst.compiler": "aot_eager"})
+        ids = torch.randint(0, 128, (1, 23))
+        model(input_ids=ids, labels=ids).loss.backward()
+        import mst_fx
+        print(json.dumps([sorted(r.kind for r in report.chunked) for report in mst_fx.reports()]))
+    """)
+    assert chunked == [["loss", "mlp"]]
+
+
+def test_short_first_lengths_do_not_settle_later_long_ones() -> None:
+    import mst_fx
+
+    fn = torch.compile(
+        LanguageModel(SwiGLU()), backend="mst", options={"mst.chunk_tokens": 8, "mst.compiler": "aot_eager"}
+    )
+    for length in (3, 2, 40):
+        fn(**token_inputs(1, length))
+    first, second = mst_fx.reports()
+    assert not first.chunked
+    assert len(second.chunked) == 2
+
+
 def test_aot_eager_and_inductor_agree_on_a_no_grad_prompt() -> None:
     model, inputs = hf("llama").eval(), hf_inputs("llama")
     with torch.no_grad():
