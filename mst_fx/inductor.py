@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["compile_body", "compile_graph", "cpu_multiplies", "fake_mode_of", "mode_options", "symbolic_inputs"]
 
@@ -48,7 +49,8 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
 
     While a backend runs, the tracing context holds another mode, so ``detect_fake_mode`` is of no use here.
     """
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    inner = [getattr(v, n) for v in values if is_traceable_wrapper_subclass(v) for n in v.__tensor_flatten__()[0]]
+    return next((v.fake_mode for v in [*values, *inner] if isinstance(v, FakeTensor)), None)
 
 
 def is_plain_fake(value: Any) -> bool:

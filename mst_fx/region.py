@@ -164,13 +164,15 @@ class Walk:
         region = Region(self.module, in_features=_last(value), amplifiers=[node])
         problem = self._illegal_input(x, weight)
         kinds = (True,) * (value.ndim - 1) + (False,)
-        previous = self.builder.lookup(value)
-        self.builder.bind(value, Row(kinds, self.builder.chunked(value, kinds).node))
+        previous, result = self.builder.lookup(value), None
         try:
-            result = run_node(self.builder, node, self.fake_mode)
+            if problem is None:
+                self.builder.bind(value, Row(kinds, self.builder.chunked(value, kinds).node))
+                result = run_node(self.builder, node, self.fake_mode)
         except MixesTokensError as e:
-            problem = problem or str(e)
-            result = None
+            problem = str(e)
+        except Exception as e:  # a node that can't be run alone on fakes is a node we do not know
+            problem = f"could not be analysed ({type(e).__name__}: {e})"
         finally:
             self.builder.unbind(value, previous)
         self.regions.append(region)

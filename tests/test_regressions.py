@@ -201,3 +201,21 @@ def test_module_compile_and_checkpointed_loss() -> None:
     ours = check_exact(Checkpointed(ce), inputs)
     assert chunked(ours.report, "loss") == 1
     assert "recomputed" in str(ours.report)
+
+
+def test_dtensor_weights_are_left_alone_with_the_reason(tmp_path: Any) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        mlp = SwiGLU()
+        for layer in (mlp.gate, mlp.up, mlp.down):
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Replicate()]))
+        x = distribute_tensor(torch.randn(2, 23, 16), mesh, [Replicate()])
+        y = torch.compile(mlp, backend="mst", options={"mst.chunk_tokens": 8, **EAGER})(x)
+        torch.testing.assert_close(y.to_local(), mlp(x).to_local())
+        assert "DTensor" in str(mst_fx.reports()[-1])
+    finally:
+        dist.destroy_process_group()
