@@ -43,6 +43,7 @@ def mst(
     """
     check_torch()
     config = Config.parse(options, inductor.mode_options(mode))
+    join_graphs()  # again: Transformers may have been imported after this module
     module, report, logits = run_passes(gm, config)
     _reports.append(report)
     count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])

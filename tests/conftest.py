@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.utils.logging  # noqa: F401  as for a user, whose model exists before torch.compile loads the backend
 
 import mst_fx.backend
 

@@ -222,7 +222,7 @@ class BatchNormTokens(nn.Module):
         self.norm = nn.BatchNorm1d(I)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return self.norm(x.flatten(0, 1)).view_as(x)
 
 
 class TokenMixing(nn.Module):
