@@ -20,7 +20,7 @@ from mst_fx.measure import MALLOC_ENV, peak_over_start
 from mst_fx.report import format_bytes
 
 SIZES = {
-    "cpu": {"hidden": 128, "intermediate": 512, "layers": 4, "heads": 4, "seq_len": 8192, "steps": 12},
+    "cpu": {"hidden": 128, "intermediate": 512, "layers": 2, "heads": 4, "seq_len": 8192, "steps": 8},
     "cuda": {"hidden": 1024, "intermediate": 4096, "layers": 16, "heads": 16, "seq_len": 65536, "steps": 30},
 }
 SYSTEMS = ("inductor", "mst")
