@@ -53,8 +53,6 @@ class Context:
     reports: list[RegionReport] = field(default_factory=list)
     bodies: dict[str, str] = field(default_factory=dict)
     logits: list[LogitsSpec] = field(default_factory=list)
-    compile_bodies: bool = True
-    """False for ``explain``, which runs the graph before the rewrite."""
 
 
 class BodyError(Exception):

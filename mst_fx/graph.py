@@ -38,12 +38,6 @@ def source_of(node: fx.Node) -> str:
     return f"<{modules[-1][0]}>" if modules else "<unknown>"
 
 
-def checkpoint_bodies(module: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
-    """Return the checkpoint calls of a graph with the graphs they run."""
-    calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target is CHECKPOINT]
-    return [(n, getattr(module, n.args[0].target)) for n in calls]
-
-
 @contextmanager
 def walking(module: fx.GraphModule) -> Iterator[Iterator[fx.Node]]:
     """Iterate over the nodes in order, each under the autocast state its place in the graph has."""

@@ -192,7 +192,8 @@ def _give_back(
         assert output.loss is not None
         total = _divided(graph, total, count_tokens(graph, output.loss))
     elif reduction == "average":
-        total = graph.call_function(torch.div, (total, graph.call_method("size", (_as_counted(graph, lifted), 0))))
+        rows = _as_rows(graph, lifted.chunked[0])
+        total = graph.call_function(torch.div, (total, graph.call_method("size", (rows, 0))))
     return total if old.dtype == wide else graph.call_method("to", (total, old.dtype))
 
 
@@ -201,10 +202,6 @@ def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node) -> fx.Node:
     none = graph.call_function(torch.eq, (count, 0))
     quotient = graph.call_function(torch.div, (total, graph.call_function(torch.add, (count, none))))
     return graph.call_function(torch.where, (none, float("nan"), quotient))
-
-
-def _as_counted(graph: fx.Graph, lifted: Lifted) -> fx.Node:
-    return _as_rows(graph, lifted.chunked[0])
 
 
 def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, shape: Any) -> fx.Node:

@@ -106,8 +106,6 @@ def _follow_to_sum(lifted: Lifted, output: Output) -> tuple[Lifted, dict[Output,
             value = fake_tensor(node)
             if value is None or value.ndim != sum(row.kinds):
                 return None
-            if not taken and output.loss is not None:
-                row = dataclasses.replace(row)
             final = Output(user, row, None)
             lifted.region.nodes += [n for n in [*taken, user] if n not in lifted.region.nodes]
             try:
