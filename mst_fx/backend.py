@@ -2,7 +2,7 @@
 
 The entry point group ``torch_dynamo_backends`` names ``mst``; nothing need be imported. Torch loads the
 entry point when ``torch.compile`` is called, before Dynamo traces, so the few settings that joining
-graphs needs are made here, at import.
+graphs needs are made here, at import, and the C++ compiler is asked early what it can do.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import fx
 
 from mst_fx import inductor
 from mst_fx.config import Config, OptionError
-from mst_fx.lazy_logits import build_outputs
+from mst_fx.lazy_logits import LogitsSpec, build_outputs
+from mst_fx.ops import BODIES
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report
+
+log = logging.getLogger(__name__)
 
 _reports: list[Report] = []
 
@@ -44,18 +47,35 @@ def mst(
     check_torch()
     config = Config.parse(options, inductor.mode_options(mode))
     join_graphs()  # again: Transformers may have been imported after this module
-    module, report, logits = run_passes(gm, config)
+    known = set(BODIES)
+    compiled, report, logits = _compile(gm, example_inputs, config)
+    try:
+        inductor.finish_kernels()
+    except Exception:
+        log.debug("a body's kernel failed in the background; compiled again one by one to know which", exc_info=True)
+        for name in BODIES.keys() - known:
+            del BODIES[name]
+        with inductor.kernels_at_once():
+            compiled, report, logits = _compile(gm, example_inputs, config)
     _reports.append(report)
-    count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
-    chunked = bool(report.chunked)
-    compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     if not logits:
         return compiled
+
+    count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
 
     def run(*args: Any) -> Any:
         return build_outputs(compiled(*args), args, logits, count)
 
     return run
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+) -> tuple[Callable[..., Any], Report, list[LogitsSpec]]:
+    module, report, logits = run_passes(gm, config)
+    chunked = bool(report.chunked)
+    compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
+    return compiled, report, logits
 
 
 def check_torch() -> None:
@@ -88,3 +108,4 @@ def join_graphs() -> None:
 
 
 join_graphs()
+inductor.probe_cpu()

@@ -8,17 +8,21 @@ Facts this file rests on (seen on 2.11 and 2.13):
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, tracing
-from torch._inductor import list_mode_options
+from torch._inductor import cpu_vec_isa, list_mode_options
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -28,7 +32,17 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["compile_body", "compile_graph", "cpu_multiplies", "fake_mode_of", "mode_options", "symbolic_inputs"]
+__all__ = [
+    "compile_body",
+    "compile_graph",
+    "cpu_multiplies",
+    "fake_mode_of",
+    "finish_kernels",
+    "kernels_at_once",
+    "mode_options",
+    "probe_cpu",
+    "symbolic_inputs",
+]
 
 MINIMUM_TORCH = (2, 11)
 
@@ -89,7 +103,8 @@ def compile_body(
     # compile_fx takes over the module it is given, and a deep copy fails on the fake values in its metadata.
     own = fx.Graph()
     own.output(own.graph_copy(graph.graph, {}))
-    with tracing(TracingContext(mode)), torch.no_grad():
+    later = inputs[0].device.type == "cpu" and not _at_once
+    with tracing(TracingContext(mode)), torch.no_grad(), _kernels_later() if later else contextlib.nullcontext():
         return compile_fx(fx.GraphModule(graph, own), list(inputs), config_patches=options or None)  # pyright: ignore
 
 
@@ -113,3 +128,52 @@ def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._dynamo.backends.debugging import boxed_nop
 
     return boxed_nop(graph, inputs)  # pyright: ignore
+
+
+# -- C++ compilers in the background -----------------------------------------------------------------
+
+_waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+_at_once: list[bool] = []
+
+
+@contextlib.contextmanager
+def _kernels_later() -> Iterator[None]:
+    """Do not wait for a body's C++ kernels: they compile while the next body and the outer graph are lowered.
+
+    Inductor's generated module starts its kernels' compilers and then waits; its functions look kernels up in
+    the module's globals only when they run, so the wait can come later.
+    """
+    with mock.patch.object(AsyncCompile, "wait", lambda kernels, scope: _waiting.append((kernels, scope))):
+        yield
+
+
+def finish_kernels() -> None:
+    """Wait for the C++ kernels of bodies compiled so far; raises what a C++ compiler raised."""
+    waiting = [*_waiting]
+    _waiting.clear()
+    for kernels, scope in waiting:
+        kernels.wait(scope)
+
+
+@contextlib.contextmanager
+def kernels_at_once() -> Iterator[None]:
+    """Compile each body to the end before the next, so that an error is raised where the body is known."""
+    _at_once.append(True)
+    try:
+        yield
+    finally:
+        _at_once.pop()
+
+
+def probe_cpu() -> None:
+    """Start in the background what Inductor asks the C++ compiler once per machine: which vector instructions work.
+
+    Inductor asks for one instruction set after another when it meets its first CPU kernel; here they are built side
+    by side while Dynamo traces. The answers are cached by torch, in the process and on disk.
+    """
+    if torch.cuda.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return
+    present = cpu_vec_isa.x86_isa_checker()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        if all(flag in present for flag in str(isa).split()):
+            threading.Thread(target=bool, args=(isa,), daemon=True).start()
