@@ -4,14 +4,18 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all lint figures clean
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'Python 3.10 or newer is needed, this is ' + sys.version"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/installed: .venv/demo
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/mst-fx demo
 
 test: .venv/installed

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mst_fx.measure import MALLOC_ENV
+from mst_fx.measure import MALLOC_ENV, prepare_compiler
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = ["--option", "chunk_tokens=1024"]
@@ -210,6 +210,7 @@ def main() -> None:
         write_readme()
         return
     wanted = args.works or ["llama", "mlp", "head", "slope", "lengths", "cache"]
+    prepare_compiler(dict(os.environ))
     with Progress(console=Console(stderr=True)) as progress:
         for name in PAIRS:
             if name.split(",")[0].split()[0] in wanted:

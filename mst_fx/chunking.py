@@ -15,14 +15,15 @@ from torch import fx
 
 from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.config import Config
-from mst_fx.graph import fake, fake_tensor
+from mst_fx.graph import fake, fake_tensor, module_path
 from mst_fx.inductor import compile_body
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Output
 from mst_fx.ops import BODIES, CompiledBody
 from mst_fx.plan import ChunkPlan, plan_chunks
+from mst_fx.printing import body_code
 from mst_fx.region import Region
-from mst_fx.report import Mismatch, RegionReport
+from mst_fx.report import BodyCode, Mismatch, RegionReport
 from mst_fx.rewrite import find_place, replace
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class Graph:
     """One graph to work on: the outermost one or that of a checkpointed block."""
 
     module: fx.GraphModule
+    name: str
+    """Path of a checkpointed block's graph, "" for the outermost."""
     outer: dict[fx.Node, fx.Node]
     """For a checkpointed block, placeholders -> the caller's values."""
     ambient: Callable[[], contextlib.AbstractContextManager[Any]]
@@ -51,7 +54,7 @@ class Context:
     config: Config
     fake_mode: Any
     reports: list[RegionReport] = field(default_factory=list)
-    bodies: dict[str, str] = field(default_factory=dict)
+    bodies: dict[str, BodyCode] = field(default_factory=dict)
     logits: list[LogitsSpec] = field(default_factory=list)
 
 
@@ -130,7 +133,7 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
     config = context.config
     name = body.digest(op, config.accumulate, config.compiler, config.inductor, body.needs)
     if name in BODIES:
-        context.bodies.setdefault(name, _TEXTS.get(name, ""))
+        context.bodies[name] = _CODE[name]
         return name
     options = dict(config.inductor)
     rows = plan.chunk_tokens
@@ -138,7 +141,6 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         traced, inputs = trace_forward(body, rows)
         outputs = _output_metas(traced)
         differentiable = tuple(differentiable_outputs(body)) if body.needs else ()
-        text = traced.print_readable(print_output=False)
         forward = backward = None
         if op == "sum":
             backward = trace_sum(body, rows)
@@ -149,7 +151,6 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         compiled = None
         if backward is not None:
             compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
-            text += backward.graph.print_readable(print_output=False)
     except Exception as e:
         raise BodyError(
             f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
@@ -157,11 +158,13 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
     BODIES[name] = CompiledBody(
         body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate
     )
-    _TEXTS[name] = context.bodies[name] = text
+    _CODE[name] = context.bodies[name] = BodyCode(
+        name, body_code(traced), body_code(backward.graph) if backward else ""
+    )
     return name
 
 
-_TEXTS: dict[str, str] = {}
+_CODE: dict[str, BodyCode] = {}
 
 
 def _output_metas(traced: fx.GraphModule) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -191,7 +194,7 @@ def chunk_region(
     how = {"sum": "gradients formed in the forward", "map": "recomputed in the backward"}[op]
     return RegionReport(
         region.kind, region.source, _tokens(lifted), plan.chunk_tokens, plan.num_chunks, plan.bytes_before,
-        plan.bytes_after, "chunked", (how if lifted.trains else "forward only") + note,
+        plan.bytes_after, "chunked", (how if lifted.trains else "forward only") + note, **_where(region), body=name,
     )  # fmt: skip
 
 
@@ -206,7 +209,14 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
         tokens = count if isinstance(count, int) else str(count)
     hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
     wide = hint * wide_bytes(region, lifted)
-    return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason)
+    return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason, **_where(region))
+
+
+def _where(region: Region) -> dict[str, Any]:
+    """Return where a region is: its module, and the names its nodes have in the graph before."""
+    names = [n.meta["mst_origin"] for n in region.nodes if "mst_origin" in n.meta]
+    first = region.amplifiers[0].meta.get("mst_origin", region.amplifiers[0].name)
+    return {"path": module_path(region.amplifiers[0]), "nodes": (first, *(n for n in names if n != first))}
 
 
 def _tokens(lifted: Lifted) -> int | str:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from mst_fx.config import Config, OptionError
+from mst_fx.config import Config, OptionError, did_you_mean
 
 
 class UsageError(Exception):
@@ -121,21 +121,15 @@ def _hf(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         import transformers
     except ImportError as e:
         raise UsageError("--hf needs Transformers: pip install 'mst_fx[hf]'") from e
-    import difflib
-
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if args.hf not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(args.hf, CONFIG_MAPPING.keys(), n=3)
-        raise UsageError(f"unknown model type {args.hf!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise UsageError(f"unknown model type {args.hf!r}.{did_you_mean(args.hf, CONFIG_MAPPING.keys())}")
     config = CONFIG_MAPPING[args.hf]()
     for key, value in _pairs(args.set).items():
         if not hasattr(config, key):
-            near = difflib.get_close_matches(key, vars(config), n=3)
-            raise UsageError(
-                f"{args.hf} has no config value {key!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
-            )
+            raise UsageError(f"{args.hf} has no config value {key!r}.{did_you_mean(key, vars(config))}")
         setattr(config, key, value)
     config.use_cache = False
     model = transformers.AutoModelForCausalLM.from_config(config).train()

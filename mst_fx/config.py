@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,12 +71,18 @@ class Config:
                 continue
             name = key.removeprefix("mst.")
             if name not in _CHECKS:
-                near = difflib.get_close_matches(name, _CHECKS, n=1)
-                hint = f" Did you mean 'mst.{near[0]}'?" if near else ""
-                valid = ", ".join(f"mst.{k}" for k in _CHECKS)
-                raise OptionError(f"unknown option {key!r}.{hint} Valid options: {valid}.")
+                valid = [f"mst.{k}" for k in _CHECKS]
+                raise OptionError(
+                    f"unknown option {key!r}.{did_you_mean(key, valid)} Valid options: {', '.join(valid)}."
+                )
             ours[name] = _CHECKS[name](key, value)
         return cls(**ours, inductor=tuple(sorted(theirs.items())))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean ...?" with the nearest known words, nothing where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _choice(*valid: str) -> Any:

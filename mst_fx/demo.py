@@ -12,15 +12,16 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from mst_fx.measure import MALLOC_ENV, peak_over_start
+from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
 from mst_fx.report import format_bytes
 
 SIZES = {
-    "cpu": {"hidden": 128, "intermediate": 512, "layers": 2, "heads": 4, "seq_len": 8192, "steps": 8},
+    "cpu": {"hidden": 128, "intermediate": 512, "layers": 2, "heads": 4, "seq_len": 8192, "steps": 6},
     "cuda": {"hidden": 1024, "intermediate": 4096, "layers": 16, "heads": 16, "seq_len": 65536, "steps": 30},
 }
 SYSTEMS = ("inductor", "mst")
@@ -95,12 +96,15 @@ def run_demo(out: str, device: str | None, steps: int | None, seq_len: int | Non
     results: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[info]}"))  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, **MALLOC_ENV, "TORCHINDUCTOR_CACHE_DIR": cache}
+        task = progress.add_task("torch", total=1, info="building its C++ header")
+        prepare_compiler(env)
+        progress.update(task, advance=1, info="ready")
         for system in SYSTEMS:
             task = progress.add_task(system, total=steps, info="compiling")
-            results[system] = _watch(
-                system, device, steps, seq_len, lambda row, t=task: _show(progress, t, row, seq_len)
-            )
+            command = [system, device, str(steps), str(seq_len)]
+            results[system] = _watch(command, env, lambda row, t=task: _show(progress, t, row, seq_len))
             if "error" in results[system]:
                 console.print(f"[red]{system} failed:[/]\n{results[system]['error']}")
                 return 1
@@ -113,12 +117,10 @@ def run_demo(out: str, device: str | None, steps: int | None, seq_len: int | Non
     return 0
 
 
-def _watch(system: str, device: str, steps: int, seq_len: int, show: Any) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "mst_fx.demo", system, device, str(steps), str(seq_len)]
+def _watch(arguments: list[str], env: dict[str, str], show: Any) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "mst_fx.demo", *arguments]
     rows, report = [], ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **MALLOC_ENV}
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:

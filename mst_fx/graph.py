@@ -38,6 +38,16 @@ def source_of(node: fx.Node) -> str:
     return f"<{modules[-1][0]}>" if modules else "<unknown>"
 
 
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module that made a node, e.g. ``model.layers.0.mlp``; "" without a record."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    path = re.sub(r"^L\['(\w+)'\]\.?", "", str(stack[-1][0]))
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path.replace("_modules.", "").replace("._modules", ""))
+    return path.replace("_orig_mod.", "").strip(".")
+
+
 @contextmanager
 def walking(module: fx.GraphModule) -> Iterator[Iterator[fx.Node]]:
     """Iterate over the nodes in order, each under the autocast state its place in the graph has."""

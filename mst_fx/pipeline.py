@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
 from mst_fx.passes.normalize import normalize
-from mst_fx.report import RegionReport, Report
+from mst_fx.report import GraphPair, RegionReport, Report
 from mst_fx.verify import snapshot, verify
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
     """
     started = time.perf_counter()
     context = Context(config, fake_mode_of([fake(n) for n in module.graph.nodes]))
-    before = readable(module)
     rewritten = copy_graph(module)
     notes = _notes(module)
     if context.fake_mode is None:
@@ -56,10 +55,9 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
             with graph.ambient():
                 _run_on(graph, context)
     chunked = any(r.status == "chunked" for r in context.reports)
-    report = Report(
-        tuple(context.reports), tuple(notes), before, readable(rewritten) if chunked else before,
-        tuple(context.bodies.items()),
-    )  # fmt: skip
+    before = copy_graph(module, KEPT)
+    after = copy_graph(rewritten, KEPT) if chunked else before
+    report = Report(tuple(context.reports), tuple(notes), tuple(context.bodies.values()), (GraphPair(before, after),))
     log.info(
         "mst: %d of %d regions chunked in %.2f s",
         len(report.chunked),
@@ -78,51 +76,63 @@ def _run_on(graph: Graph, context: Context) -> None:
         if name in context.config.disable:
             continue
         before, known = snapshot(graph.module), set(graph.module.graph.nodes)
-        context.reports += run(graph, context)
+        context.reports += [dataclasses.replace(r, graph=graph.name) for r in run(graph, context)]
         for node in graph.module.graph.nodes:
             if node not in known:
                 node.meta["mst_new"] = True
         verify(graph.module, before, name, context.fake_mode)
 
 
-def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph and the graphs of its checkpointed blocks; parameters and fake values are shared."""
+KEPT = ("example_value", "stack_trace", "nn_module_stack", "mst_origin", "mst_region")
+"""What a report keeps of a node's metadata: nothing that holds real tensors."""
+
+
+def copy_graph(module: fx.GraphModule, kept: Collection[str] | None = None) -> fx.GraphModule:
+    """Copy a graph and the graphs of its checkpointed blocks; parameters and fake values are shared.
+
+    Args:
+        module: The graph. Nodes of the copy carry the name of theirs in ``meta["mst_origin"]``.
+        kept: The metadata to keep instead, names left alone.
+    """
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, mapping := {})
-    graph.output(output)
+    mapping[next(n for n in module.graph.nodes if n.op == "output")] = graph.output(output)
     for old, new in mapping.items():
-        new.meta = copy.copy(old.meta)
-    new_output = next(n for n in graph.nodes if n.op == "output")
-    new_output.meta = copy.copy(next(n for n in module.graph.nodes if n.op == "output").meta)
+        if kept is None:
+            new.meta = {**old.meta, "mst_origin": old.name}
+        else:
+            new.meta = {k: old.meta[k] for k in kept if k in old.meta}
     result = fx.GraphModule(module, graph)
-    result.meta = copy.copy(module.meta)
+    result.meta = {**module.meta}
     for name, child in list(result.named_children()):
         if isinstance(child, fx.GraphModule):
-            setattr(result, name, copy_graph(child))
+            setattr(result, name, copy_graph(child, kept))
     return result
 
 
 def collect_graphs(module: fx.GraphModule) -> list[Graph]:
     """Return the graph and, however deep, those of its checkpointed blocks, innermost first."""
     found: list[Graph] = []
-    _collect(module, {}, contextlib.nullcontext, False, found)
+    _collect(module, "", {}, contextlib.nullcontext, False, found)
     return found
 
 
 def _collect(
-    module: fx.GraphModule, outer: dict[Any, Any], ambient: Any, checkpointed: bool, found: list[Graph]
+    module: fx.GraphModule, name: str, outer: dict[Any, Any], ambient: Any, checkpointed: bool, found: list[Graph]
 ) -> None:
     with ambient(), walking(module) as nodes:
         for node in nodes:
             if node.op == "call_function" and node.target is CHECKPOINT:
-                inner = getattr(module, str(node.args[0].target))  # pyright: ignore
+                target = str(node.args[0].target)  # pyright: ignore
+                inner = getattr(module, target)
                 holders = [n for n in inner.graph.nodes if n.op == "placeholder"]
                 for holder, value in zip(holders, node.args[1:], strict=False):
                     if "example_value" not in holder.meta and isinstance(value, fx.Node):
                         holder.meta["example_value"] = fake(value)
                 passed = {h: v for h, v in zip(holders, node.args[1:], strict=False) if isinstance(v, fx.Node)}
-                _collect(inner, {**outer, **passed}, _autocast_now(), True, found)
-    found.append(Graph(module, outer, ambient, checkpointed))
+                inner_name = f"{name}.{target}" if name else target
+                _collect(inner, inner_name, {**outer, **passed}, _autocast_now(), True, found)
+    found.append(Graph(module, name, outer, ambient, checkpointed))
 
 
 def _autocast_now() -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -162,25 +172,3 @@ def _notes(module: fx.GraphModule) -> list[str]:
                     "head and loss. Compile one function that holds both (TORCH_LOGS=graph_breaks shows the break)."
                 )
     return notes
-
-
-def readable(module: fx.GraphModule) -> str:
-    """Return a graph as text: one line per node with dtype and shape, checkpointed blocks below."""
-    lines = []
-    for node in module.graph.nodes:
-        value = fake(node)
-        kind = (
-            f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-        )
-        if node.op == "placeholder":
-            lines.append(f"{node.name}{kind} = placeholder")
-        elif node.op == "output":
-            lines.append(f"return {node.args[0]}")
-        elif node.op != "get_attr":
-            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            args = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
-            lines.append(f"{node.name}{kind} = {target}({args})")
-    for name, child in module.named_children():
-        if isinstance(child, fx.GraphModule):
-            lines += [f"{name}:", *("  " + line for line in readable(child).splitlines())]
-    return "\n".join(lines)

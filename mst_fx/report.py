@@ -9,6 +9,8 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import fx
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -36,6 +38,38 @@ class RegionReport:
     bytes_after: int
     status: Literal["chunked", "skipped"]
     reason: str
+    number: int = 0
+    """Which of the report's graphs it is in."""
+    graph: str = ""
+    """Name of the checkpointed block's graph the region is in, "" for the outermost."""
+    path: str = ""
+    """Module that holds it, e.g. ``model.layers.0.mlp``; "" where no module is known."""
+    nodes: tuple[str, ...] = ()
+    """Its nodes in the graph before, first amplifier first."""
+    body: str = ""
+    """Name of the chunk body that replaces it."""
+
+
+@dataclass(frozen=True, eq=False)
+class GraphPair:
+    """One graph before and after the passes.
+
+    Nodes of ``after`` carry in ``meta``: ``mst_origin``, the name of the node of ``before`` they are, absent on
+    new ones; ``mst_region``, on new ones, the first name in ``RegionReport.nodes`` of the region they stand for.
+    Graphs of checkpointed blocks are submodules of both. Fake values are in ``meta["example_value"]``.
+    """
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+
+
+@dataclass(frozen=True)
+class BodyCode:
+    """A chunk body as readable code. ``backward`` is "" where nothing trains."""
+
+    name: str
+    forward: str
+    backward: str
 
 
 @dataclass(frozen=True)
@@ -45,11 +79,15 @@ class Report:
     regions: tuple[RegionReport, ...] = ()
     notes: tuple[str, ...] = ()
     """What a user should know about the graph as a whole, e.g. that the loss is in another one."""
-    before: str = ""
-    after: str = ""
-    bodies: tuple[tuple[str, str], ...] = ()
-    """(name, readable code) of every chunk body of the graph."""
-    num_graphs: int = 1
+    bodies: tuple[BodyCode, ...] = ()
+    """Every chunk body of the graphs, once."""
+    graphs: tuple[GraphPair, ...] = ()
+    """What was compiled, graph by graph."""
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs were compiled."""
+        return len(self.graphs)
 
     @property
     def chunked(self) -> tuple[RegionReport, ...]:
@@ -57,18 +95,20 @@ class Report:
         return tuple(r for r in self.regions if r.status == "chunked")
 
     def __str__(self) -> str:
-        graphs = "1 graph" if self.num_graphs == 1 else f"{self.num_graphs} graphs"
-        head = f"mst: {len(self.chunked)} of {len(self.regions)} regions chunked in {graphs}"
-        lines = [head] + [_line(r) for r in self.regions]
-        if not self.regions:
-            lines.append("  no wide token-wise region found; compiled as plain Inductor would")
-        return "\n".join(lines + [f"  note: {n}" for n in self.notes])
+        from mst_fx.render import explain_text
 
-    def diff(self) -> str:
-        """Return the text diff of the graph before and after, chunk bodies below it."""
-        from mst_fx.graph_diff import text_diff
+        return explain_text(self)
 
-        return text_diff(self)
+    def diff(self, backward: bool = False, colour: bool = False) -> str:
+        """Return the text diff of the graphs before and after, chunk bodies under what they replace.
+
+        Args:
+            backward: Print the backward of every body too.
+            colour: Use terminal colours.
+        """
+        from mst_fx.render import text_diff
+
+        return text_diff(self, backward, colour)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data that ``json`` can write."""
@@ -99,13 +139,16 @@ class Report:
 
 def join_reports(reports: list[Report]) -> Report:
     """Join the reports of several graphs of one function into one."""
+    offsets = [sum(rep.num_graphs for rep in reports[:i]) for i in range(len(reports))]
     return Report(
-        regions=tuple(r for rep in reports for r in rep.regions),
+        regions=tuple(
+            dataclasses.replace(r, number=r.number + offset)
+            for rep, offset in zip(reports, offsets, strict=True)
+            for r in rep.regions
+        ),
         notes=tuple(n for rep in reports for n in rep.notes),
-        before="\n".join(rep.before for rep in reports),
-        after="\n".join(rep.after for rep in reports),
-        bodies=tuple(dict(b for rep in reports for b in rep.bodies).items()),
-        num_graphs=sum(rep.num_graphs for rep in reports),
+        bodies=tuple({b.name: b for rep in reports for b in rep.bodies}.values()),
+        graphs=tuple(g for rep in reports for g in rep.graphs),
     )
 
 
@@ -117,11 +160,3 @@ def format_bytes(count: int) -> str:
             return f"{value:.0f} {unit}" if unit in ("B", "KiB") else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
-
-
-def _line(r: RegionReport) -> str:
-    where = f"  {r.status:<8}{r.kind:<5}{r.source}"
-    if r.status == "skipped":
-        return f"{where}: {r.reason}"
-    plan = f"{r.tokens} tokens in {r.num_chunks} chunks of {r.chunk_tokens}"
-    return f"{where}: {plan}, {format_bytes(r.bytes_before)} -> {format_bytes(r.bytes_after)} ({r.reason})"

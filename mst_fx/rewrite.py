@@ -111,6 +111,7 @@ def replace(
         reductions: How per-token losses become the loss: "none", "sum" or "mean".
     """
     graph = lifted.region.module.graph
+    known = set(graph.nodes)
     with graph.inserting_before(place):
         rows = [_as_rows(graph, i) for i in lifted.chunked]
         shared = [_as_shared(graph, i) for i in lifted.shared] + _hoist(graph, lifted)
@@ -118,7 +119,6 @@ def replace(
         if lifted.body.has_seed:
             seed = graph.call_function(torch.randint, (2**62, ()), {"device": "cpu"})
         call = graph.call_function(OPS[op], (rows, shared, seed, body, chunk_tokens))
-        call.meta["mst_source"] = lifted.region.source
         for i, output in enumerate(lifted.outputs):
             value = graph.call_function(operator.getitem, (call, i))
             new = _give_back(graph, lifted, output, value, reductions.get(output, "none"), summed=op == "sum")
@@ -126,6 +126,10 @@ def replace(
             new.meta["mst_replaces"] = fake_tensor(output.node)
             members = set(lifted.region.nodes)
             output.node.replace_all_uses_with(new, delete_user_cb=lambda u, m=members: u not in m)
+    first = lifted.region.amplifiers[0]
+    for node in graph.nodes:
+        if node not in known:
+            node.meta["mst_region"] = first.meta.get("mst_origin", first.name)
     erase_dead(graph, lifted.region.nodes)
 
 

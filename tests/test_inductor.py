@@ -89,6 +89,35 @@ def test_symbolic_tokens_are_reported_as_such() -> None:
     assert all(isinstance(r.tokens, str) for r in mst_fx.reports()[-1].regions)
 
 
+def test_a_kernel_that_fails_in_the_background_leaves_its_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mst_fx
+    from mst_fx import inductor
+
+    compile_fx, wait, failing = inductor.compile_fx, inductor.AsyncCompile.wait, []
+
+    def remember(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        failing.append("softmax" in str(graph.graph))  # only the loss has one
+        try:
+            return compile_fx(graph, *args, **kwargs)
+        finally:
+            failing.pop()
+
+    def fail_for_the_loss(kernels: Any, scope: dict[str, Any]) -> None:
+        if any("softmax" in name for name in scope) and (not failing or failing[-1]):
+            raise RuntimeError("no such instruction")
+        wait(kernels, scope)
+
+    monkeypatch.setattr(inductor, "compile_fx", remember)
+    monkeypatch.setattr(inductor.AsyncCompile, "wait", fail_for_the_loss)
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    fn = torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8, "mst.accumulate": "float32"})
+    with pytest.warns(UserWarning, match="no such instruction"):
+        loss = fn(**inputs)
+    report = mst_fx.reports()[-1]
+    assert {r.kind: r.status for r in report.regions} == {"mlp": "chunked", "loss": "skipped"}
+    torch.testing.assert_close(loss, model(**inputs))
+
+
 @pytest.mark.slow
 def test_second_process_hits_the_caches(tmp_path: Any) -> None:
     script = """

@@ -27,9 +27,9 @@ def test_explain_describes_every_region() -> None:
 def test_text_diff_dict_and_page(tmp_path: pathlib.Path) -> None:
     report = mst_fx.explain(LanguageModel(SwiGLU()), OPTIONS)(**token_inputs())
     diff = report.diff()
-    assert "+map_default" in diff
-    assert "-linear" in diff
-    assert "silu" in diff.split("body ")[1] + diff.split("body ")[2]
+    assert "+ map_default = mst_fx.map(" in diff
+    assert "- linear: float32[2, 23, 48] = linear(" in diff
+    assert "= silu(" in diff.partition("forward of body")[2]
     data = json.loads(json.dumps(report.to_dict()))
     assert len(data["regions"]) == 2
     report.to_html(tmp_path / "r.html")

@@ -1,0 +1,85 @@
+"""One line per node: how graphs and bodies are shown to people.
+
+silu: float32[1, 4096, 1792] = silu(linear)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def node_line(node: fx.Node, name_of: Callable[[fx.Node], str] = lambda n: n.name) -> str:
+    """Return a node as ``name: dtype[shape] = target(args)``; placeholders and constants name themselves only."""
+    if node.op == "output":
+        return f"return {_show(node.args[0], name_of)}"
+    kind = value_text(node)
+    if node.op in ("placeholder", "get_attr"):
+        return f"{name_of(node)}: {kind} = {node.op}" if kind else f"{name_of(node)} = {node.op}"
+    args = [_show(a, name_of) for a in node.args] + [f"{k}={_show(v, name_of)}" for k, v in node.kwargs.items()]
+    return f"{name_of(node)}{': ' + kind if kind else ''} = {target_text(node)}({', '.join(args)})"
+
+
+def target_text(node: fx.Node) -> str:
+    """Return what a node calls, in few words."""
+    if isinstance(node.target, str):
+        return node.target
+    if isinstance(node.target, torch._ops.OpOverload):
+        namespace = f"{node.target.namespace}." if node.target.namespace == "mst_fx" else ""
+        return namespace + node.target._opname
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def value_text(node: fx.Node) -> str:
+    """Return dtype and shape of a node's fake tensor, "" without one."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def parameter_name(name: str) -> str:
+    """Return a placeholder's name as a path: ``l_self_modules_mlp_parameters_weight_`` -> ``mlp.weight``."""
+    short = re.sub(r"^l_(self_|fn_|args_\d+_|kwargs_)?", "", name)
+    short = re.sub(r"_?modules_|_parameters_|_buffers_", ".", "_" + short if short.startswith("modules_") else short)
+    return short.strip("._") or name
+
+
+def readable(module: fx.GraphModule) -> str:
+    """Return a graph as text, graphs of checkpointed blocks below it."""
+    lines = [node_line(n) for n in module.graph.nodes if n.op != "get_attr"]
+    for name, child in module.named_children():
+        if isinstance(child, fx.GraphModule):
+            lines += [f"{name}:", *("  " + line for line in readable(child).splitlines())]
+    return "\n".join(lines)
+
+
+def body_code(module: fx.GraphModule) -> str:
+    """Return a chunk body as a function over ``C`` tokens."""
+    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    lines = [f"def body({', '.join(f'{n.name}: {value_text(n)}' for n in holders)}):"]
+    lines += ["    " + node_line(n) for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")]
+    symbols = {str(s) for n in holders for s in getattr(n.meta.get("val"), "shape", ()) if not isinstance(s, int)}
+    text = "\n".join(lines)
+    for symbol in symbols:
+        text = re.sub(rf"\b{re.escape(symbol)}\b", "C", text)
+    return text
+
+
+def _show(value: Any, name_of: Callable[[fx.Node], str]) -> str:
+    if isinstance(value, fx.Node):
+        return name_of(value)
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_show(v, name_of) for v in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, slice):
+        return f"slice({_show(value.start, name_of)}, {_show(value.stop, name_of)}, {_show(value.step, name_of)})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_show(v, name_of)}" for k, v in value.items()) + "}"
+    return repr(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,146 @@
+"""Reports as text for people: the table of ``explain`` and the diff."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+from mst_fx.graph_diff import Hunk, Line, fold_paths, hunks
+from mst_fx.report import RegionReport, Report, format_bytes
+
+RED, GREEN, BOLD, DIM, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[2m", "\033[0m"
+
+
+def headline(report: Report) -> str:
+    """Return the first line of everything: how much was chunked."""
+    graphs = "1 graph" if report.num_graphs == 1 else f"{report.num_graphs} graphs"
+    return f"mst: {len(report.chunked)} of {len(report.regions)} regions chunked in {graphs}"
+
+
+def explain_text(report: Report) -> str:
+    """Return the headline, a table of every region considered (equal ones folded), and what can be done."""
+    lines = [headline(report)]
+    groups = list(_folded(report.regions))
+    if not groups:
+        lines.append("  no wide token-wise region found; compiled as plain Inductor would")
+    rows = [("status", "kind", "where", "tokens", "chunks", "wide bytes"), *(_cells(g) for g in groups)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    reasons = ["", *(g[0].reason for g in groups)]
+    for row, reason in zip(rows, reasons, strict=True):
+        if groups:
+            lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+            lines += [f"      {reason}"] if reason else []
+    lines += [f"  note: {n}" for n in report.notes]
+    advice = dict.fromkeys(a for r in report.regions if r.status == "skipped" and (a := advise(r.reason)))
+    if advice:
+        lines += ["what you can do:", *(f"  - {a}" for a in advice)]
+    return "\n".join(lines)
+
+
+def advise(reason: str) -> str:
+    """Return what a user can do about a skipped region, "" where there is nothing to do."""
+    return next((advice for pattern, advice in ADVICE if re.search(pattern, reason)), "")
+
+
+ADVICE = (
+    (r"^too small|^not worthwhile", "small regions are left alone by mst.chunk_tokens='auto'; an int chunks them too"),
+    (r"compute the loss inside", "pass labels to the model, or compile a function that returns the loss"),
+    (r"logits leave a checkpointed block", "keep the head outside the checkpointed block"),
+    (r"returned logits", "mst.logits='drop' leaves the logits out"),
+    (r"is returned", "return the value computed once more outside, or not at all, for its region to be chunked"),
+    (r"in place", "write the operation out of place (x = x + y) for its region to be chunked"),
+    (r"subclass|DTensor", "chunking needs plain weights where the layer runs: FSDP2 compiled per block has them"),
+    (r"does not compile", "see why with TORCH_LOGS='+mst_fx'"),
+    (r"gradients are off", "use the result inside the block that records gradients"),
+)
+
+
+def text_diff(report: Report, backward: bool = False, colour: bool = False) -> str:
+    """Return what the passes changed.
+
+    Args:
+        report: From ``explain`` or ``reports``.
+        backward: Print the backward of every body too.
+        colour: Use terminal colours.
+    """
+    red, green, bold, dim, plain = (RED, GREEN, BOLD, DIM, PLAIN) if colour else ("",) * 5
+    lines = [f"{bold}{explain_text(report)}{plain}" if colour else explain_text(report)]
+    shown: set[str] = set()
+    for hunk in hunks(report):
+        lines += ["", f"{bold}{_title(hunk)}{plain}"]
+        lines += [f"{red}- {t}{plain}" for t in _aligned(hunk.removed)]
+        lines += [f"{green}+ {t}{plain}" for t in _aligned(hunk.added)]
+        if hunk.body is None:
+            continue
+        if hunk.body.name in shown:
+            lines.append(f"  {dim}body {hunk.body.name}: above{plain}")
+            continue
+        shown.add(hunk.body.name)
+        for part, code in (("forward", hunk.body.forward), ("backward", hunk.body.backward if backward else "")):
+            if code:
+                lines.append(f"  {dim}{part} of body {hunk.body.name}, for each chunk of C tokens:{plain}")
+                lines += [f"    {line}" for line in code.splitlines()]
+    return "\n".join(lines)
+
+
+def _title(hunk: Hunk) -> str:
+    if not hunk.regions:
+        return "@@ moved"
+    first, count = hunk.regions[0], len(hunk.regions)
+    where = ", ".join(filter(None, [hunk.places, short_source(first.source)]))
+    times = f" x{count}" if count > 1 else ""
+    return f"@@ {first.kind}{times}  {where}  {_plan(first)}"
+
+
+def _plan(region: RegionReport) -> str:
+    return (
+        f"{region.tokens} tokens in {region.num_chunks} chunks of {region.chunk_tokens}, "
+        f"{format_bytes(region.bytes_before)} -> {format_bytes(region.bytes_after)}"
+    )
+
+
+def _aligned(lines: Iterable[Line]) -> list[str]:
+    """Put the source beside the first of the lines that come from it."""
+    lines = list(lines)
+    width = min(max((len(line.text) for line in lines), default=0), 96)
+    texts, last = [], ""
+    for line in lines:
+        source = short_source(line.source)
+        beside = source if source != last and "<" not in source else ""
+        texts.append(f"{line.text:<{width}}  {beside}".rstrip())
+        last = source
+    return texts
+
+
+def _folded(regions: Iterable[RegionReport]) -> Iterable[list[RegionReport]]:
+    groups: dict[object, list[RegionReport]] = {}
+    for r in regions:
+        reason = re.sub(r"`(\w+?)(_\d+)?`", r"`\1`", r.reason)
+        key = (r.kind, r.source, str(r.tokens), r.chunk_tokens, r.bytes_before, r.bytes_after, r.status, reason)
+        groups.setdefault(key, []).append(r)
+    return groups.values()
+
+
+def _cells(group: list[RegionReport]) -> tuple[str, ...]:
+    r = group[0]
+    kind = f"{r.kind} x{len(group)}" if len(group) > 1 else r.kind
+    where = " ".join(filter(None, [short_source(r.source), fold_paths([x.path for x in group])]))
+    chunks = f"{r.num_chunks} of {r.chunk_tokens}" if r.num_chunks else "-"
+    wide = format_bytes(r.bytes_before)
+    return (
+        r.status,
+        kind,
+        where,
+        str(r.tokens),
+        chunks,
+        f"{wide} -> {format_bytes(r.bytes_after)}" if chunks != "-" else wide,
+    )
+
+
+def short_source(source: str) -> str:
+    """Return a ``file:line`` without what every path on the machine begins with."""
+    for mark in (f"site-packages{os.sep}", f"dist-packages{os.sep}"):
+        if mark in source:
+            return source.rpartition(mark)[2]
+    return source.removeprefix(os.getcwd() + os.sep)
