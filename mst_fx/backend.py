@@ -58,6 +58,7 @@ def mst(
         with inductor.kernels_at_once():
             compiled, report, logits = _compile(gm, example_inputs, config)
     _reports.append(report)
+    _publish(report, len(_reports))
     if not logits:
         return compiled
 
@@ -76,6 +77,17 @@ def _compile(
     chunked = bool(report.chunked)
     compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     return compiled, report, logits
+
+
+def _publish(report: Report, number: int) -> None:
+    """Put a report where torch puts its own: the structured trace, and the debug folder."""
+    inductor.trace_artifact("mst_report", lambda: str(report))
+    inductor.trace_artifact("mst_diff", lambda: report.diff(backward=True))
+    folder = inductor.debug_folder()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"report_{number}.txt").write_text(str(report))
+        (folder / f"diff_{number}.txt").write_text(report.diff(backward=True))
 
 
 def check_torch() -> None:

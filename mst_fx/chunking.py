@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import warnings
@@ -22,7 +23,7 @@ from mst_fx.lift import Lifted, Output
 from mst_fx.ops import BODIES, CompiledBody
 from mst_fx.plan import ChunkPlan, plan_chunks
 from mst_fx.printing import body_code
-from mst_fx.region import Region
+from mst_fx.region import Region, region_key
 from mst_fx.report import BodyCode, Mismatch, RegionReport
 from mst_fx.rewrite import find_place, replace
 
@@ -215,8 +216,11 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
 def _where(region: Region) -> dict[str, Any]:
     """Return where a region is: its module, and the names its nodes have in the graph before."""
     names = [n.meta["mst_origin"] for n in region.nodes if "mst_origin" in n.meta]
-    first = region.amplifiers[0].meta.get("mst_origin", region.amplifiers[0].name)
-    return {"path": module_path(region.amplifiers[0]), "nodes": (first, *(n for n in names if n != first))}
+    first = region_key(region)
+    ends = region.amplifiers + (region.terminals if region.kind == "mlp" else [])
+    paths = [p.split(".") for p in map(module_path, ends) if p]
+    shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
+    return {"path": ".".join(shared), "nodes": (first, *(n for n in names if n != first))}
 
 
 def _tokens(lifted: Lifted) -> int | str:

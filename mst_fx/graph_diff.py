@@ -46,15 +46,17 @@ class Hunk:
 
 
 def hunks(report: Report) -> list[Hunk]:
-    """Return the distinct changes of a report, in the order of the graph before."""
+    """Return the distinct changes of a report, in the order of its regions; what passes merely moved comes last."""
     found: dict[object, list[Hunk]] = {}
     for number, pair in enumerate(report.graphs):
         for key, hunk in _changes(report, number, pair):
             found.setdefault(key, []).append(hunk)
-    return [
+    folded = [
         Hunk(tuple(r for h in same for r in h.regions), same[0].removed, same[0].added, same[0].body)
         for same in found.values()
     ]
+    order = {id(r): i for i, r in enumerate(report.regions)}
+    return sorted(folded, key=lambda h: order[id(h.regions[0])] if h.regions else len(order))
 
 
 def _changes(report: Report, number: int, pair: GraphPair) -> Iterator[tuple[object, Hunk]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pathlib
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,13 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import get_debug_dir
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._inductor import cpu_vec_isa, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -36,12 +40,14 @@ __all__ = [
     "compile_body",
     "compile_graph",
     "cpu_multiplies",
+    "debug_folder",
     "fake_mode_of",
     "finish_kernels",
     "kernels_at_once",
     "mode_options",
     "probe_cpu",
     "symbolic_inputs",
+    "trace_artifact",
 ]
 
 MINIMUM_TORCH = (2, 11)
@@ -128,6 +134,19 @@ def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._dynamo.backends.debugging import boxed_nop
 
     return boxed_nop(graph, inputs)  # pyright: ignore
+
+
+# -- where torch puts what is to be looked at ---------------------------------------------------------
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``, read by tlparse); free where none is written."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def debug_folder() -> pathlib.Path | None:
+    """Return the folder of ``TORCH_COMPILE_DEBUG=1``, None where nobody asked for one."""
+    return pathlib.Path(get_debug_dir()) / "mst_fx" if inductor_config.trace.enabled else None
 
 
 # -- C++ compilers in the background -----------------------------------------------------------------

@@ -64,8 +64,8 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
         len(report.regions),
         time.perf_counter() - started,
     )
-    for region in report.regions:
-        log.debug("mst: %s", region)
+    for r in report.regions:
+        log.debug("mst: %s %s at %s %s: %s", r.status, r.kind, r.source, r.path, r.reason)
     if config.strict and not chunked and trains_loss(module):
         raise NothingChunkedError(f"mst.strict: nothing was chunked in a graph that trains a loss.\n{report}")
     return (rewritten if chunked else module), report, context.logits

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+SHORT = 8
+"""Characters of a body's name that are shown."""
+
 
 def node_line(node: fx.Node, name_of: Callable[[fx.Node], str] = lambda n: n.name) -> str:
     """Return a node as ``name: dtype[shape] = target(args)``; placeholders and constants name themselves only."""
@@ -44,7 +47,7 @@ def value_text(node: fx.Node) -> str:
 
 def parameter_name(name: str) -> str:
     """Return a placeholder's name as a path: ``l_self_modules_mlp_parameters_weight_`` -> ``mlp.weight``."""
-    short = re.sub(r"^l_(self_|fn_|args_\d+_|kwargs_)?", "", name)
+    short = re.sub(r"^[lL]_(self_|fn_|args_\d+_|kwargs_)?", "", name)
     short = re.sub(r"_?modules_|_parameters_|_buffers_", ".", "_" + short if short.startswith("modules_") else short)
     return short.strip("._") or name
 
@@ -59,11 +62,27 @@ def readable(module: fx.GraphModule) -> str:
 
 
 def body_code(module: fx.GraphModule) -> str:
-    """Return a chunk body as a function over ``C`` tokens."""
-    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    lines = [f"def body({', '.join(f'{n.name}: {value_text(n)}' for n in holders)}):"]
-    lines += ["    " + node_line(n) for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")]
-    symbols = {str(s) for n in holders for s in getattr(n.meta.get("val"), "shape", ()) if not isinstance(s, int)}
+    """Return a chunk body as a function over ``C`` tokens.
+
+    Inputs are named by what they are: ``x`` has a chunk's rows, ``w`` is shared by all chunks, ``dy`` is the
+    gradient of an output's rows.
+    """
+    names: dict[fx.Node, str] = {}
+    symbols: set[str] = set()
+    counts = {"x": 0, "w": 0, "dy": 0}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            symbolic = {str(s) for s in getattr(node.meta.get("val"), "shape", ()) if not isinstance(s, int)}
+            kind = ("dy" if counts["w"] else "x") if symbolic else "w"
+            names[node] = f"{kind}{counts[kind]}"
+            counts[kind] += 1
+            symbols |= symbolic
+
+    def name_of(node: fx.Node) -> str:
+        return names.get(node, node.name)
+
+    lines = [f"def body({', '.join(f'{name}: {value_text(n)}' for n, name in names.items())}):"]
+    lines += ["    " + node_line(n, name_of) for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")]
     text = "\n".join(lines)
     for symbol in symbols:
         text = re.sub(rf"\b{re.escape(symbol)}\b", "C", text)
@@ -82,4 +101,6 @@ def _show(value: Any, name_of: Callable[[fx.Node], str]) -> str:
         return f"slice({_show(value.start, name_of)}, {_show(value.stop, name_of)}, {_show(value.step, name_of)})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_show(v, name_of)}" for k, v in value.items()) + "}"
-    return repr(value) if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return f"body {value[:SHORT]}" if re.fullmatch(r"[0-9a-f]{24}", value) else repr(value)
+    return str(value)

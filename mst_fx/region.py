@@ -66,6 +66,12 @@ class Region:
         self.feeds_projection |= other.feeds_projection
 
 
+def region_key(region: Region) -> str:
+    """Return what a region is known by in a report: the name of its first amplifier in the graph before."""
+    first = region.amplifiers[0]
+    return first.meta.get("mst_origin", first.name)
+
+
 class Walk:
     """One walk over one graph: which values are wide, and which region each belongs to."""
 

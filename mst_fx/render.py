@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from mst_fx.graph_diff import Hunk, Line, fold_paths, hunks
+from mst_fx.printing import SHORT
 from mst_fx.report import RegionReport, Report, format_bytes
 
 RED, GREEN, BOLD, DIM, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[2m", "\033[0m"
@@ -74,12 +75,12 @@ def text_diff(report: Report, backward: bool = False, colour: bool = False) -> s
         if hunk.body is None:
             continue
         if hunk.body.name in shown:
-            lines.append(f"  {dim}body {hunk.body.name}: above{plain}")
+            lines.append(f"  {dim}body {hunk.body.name[:SHORT]}: above{plain}")
             continue
         shown.add(hunk.body.name)
         for part, code in (("forward", hunk.body.forward), ("backward", hunk.body.backward if backward else "")):
             if code:
-                lines.append(f"  {dim}{part} of body {hunk.body.name}, for each chunk of C tokens:{plain}")
+                lines.append(f"  {dim}{part} of body {hunk.body.name[:SHORT]}, for each chunk of C tokens:{plain}")
                 lines += [f"    {line}" for line in code.splitlines()]
     return "\n".join(lines)
 

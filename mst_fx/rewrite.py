@@ -18,6 +18,7 @@ from mst_fx import ops
 from mst_fx.graph import fake_tensor, grad_states, is_in_place, mutated_storages, storages
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import count_tokens
+from mst_fx.region import region_key
 from mst_fx.report import Mismatch
 from mst_fx.rows import same_size
 
@@ -126,10 +127,9 @@ def replace(
             new.meta["mst_replaces"] = fake_tensor(output.node)
             members = set(lifted.region.nodes)
             output.node.replace_all_uses_with(new, delete_user_cb=lambda u, m=members: u not in m)
-    first = lifted.region.amplifiers[0]
     for node in graph.nodes:
         if node not in known:
-            node.meta["mst_region"] = first.meta.get("mst_origin", first.name)
+            node.meta["mst_region"] = region_key(lifted.region)
     erase_dead(graph, lifted.region.nodes)
 
 

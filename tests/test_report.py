@@ -1,7 +1,11 @@
 """What the backend says about itself."""
 
 import json
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -131,3 +135,25 @@ def test_input_changed_in_place_before_the_region_reads_it_all() -> None:
     with torch.no_grad():  # with gradients torch itself refuses
         torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
     assert "in place" in reasons(mst_fx.reports()[-1])
+
+
+def test_logs_trace_and_debug_folder(tmp_path: pathlib.Path) -> None:
+    script = """
+import torch
+from tests.models import LanguageModel, SwiGLU, token_inputs
+options = {"mst.chunk_tokens": 8, "mst.compiler": "aot_eager"}
+torch.compile(LanguageModel(SwiGLU()), backend="mst", options=options)(**token_inputs())
+"""
+    env = {**os.environ, "TORCH_LOGS": "+mst_fx", "TORCH_TRACE": str(tmp_path / "trace"),
+           "TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(tmp_path)}  # fmt: skip
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert len(re.findall(r"(?m)^I.*mst: 2 of 2 regions chunked in", done.stderr)) == 1
+    assert len(re.findall(r"(?m)^V.*mst: chunked (?:loss|mlp) at .*models.py:", done.stderr)) == 2
+    (trace,) = (tmp_path / "trace").glob("*.log")
+    text = trace.read_text()
+    assert '"name": "mst_report"' in text
+    assert '"name": "mst_diff"' in text
+    assert "forward of body" in text
+    (diff,) = tmp_path.glob("torch_compile_debug/*/mst_fx/diff_1.txt")
+    assert "backward of body" in diff.read_text()

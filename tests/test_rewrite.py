@@ -30,7 +30,7 @@ def rewritten(fn: Callable[..., Any], *args: Any, config: Config = CONFIG) -> st
 
     torch.compile(fn, backend=backend)(*args)
     short = re.sub(r"l_(?:self_|fn_)?(?:modules_)?", "", texts[0].replace("_parameters_", "_"))
-    short = re.sub(r"'[0-9a-f]{24}'|\b[0-9a-f]{24}\b", "BODY", short)
+    short = re.sub(r"body [0-9a-f]{8}", "BODY", short)
     return "\n".join(line for line in short.splitlines() if "placeholder" not in line)
 
 

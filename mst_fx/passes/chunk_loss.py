@@ -24,7 +24,7 @@ from mst_fx.chunking import Context, Graph, chunk_region, skipped
 from mst_fx.graph import fake_tensor
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift, lift
-from mst_fx.region import Region, find_regions
+from mst_fx.region import Region, find_regions, region_key
 from mst_fx.report import Mismatch, RegionReport
 from mst_fx.rewrite import erase_dead
 from mst_fx.rows import MixesTokensError, same_size
@@ -199,6 +199,7 @@ def _defer_logits(value: fx.Node, head: Lifted, graph: Graph, context: Context) 
                 continue
             with module.graph.inserting_before(output):
                 results.append(module.graph.call_method("detach", (source.node,)))
+            results[-1].meta["mst_region"] = region_key(head.region)
             sources.append(("out", len(results) - 1))
         kinds = head.outputs[0].row.kinds
         order = [d for d, k in enumerate(kinds) if k] + [d for d, k in enumerate(kinds) if not k]
