@@ -94,14 +94,16 @@ def size_hint(size: Any) -> int:
 def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
     """Return the bytes per token of the region's wide values, views counted once."""
     seen: dict[int, int] = {}
+    first = fake_tensor(region.amplifiers[0])
     tokens = size_hint(lifted.tokens) if lifted is not None else 0
+    if not tokens and first is not None:
+        tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
     for node in region.nodes:
         if node in region.terminals:
             continue
         for value in _tensors(fake(node)):
             numel = size_hint(value.numel())
-            rows = tokens or max(1, numel // max(1, size_hint(value.shape[-1])))
-            seen[value.untyped_storage()._cdata] = max(1, numel // max(1, rows)) * value.dtype.itemsize
+            seen[value.untyped_storage()._cdata] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
     return sum(seen.values())
 
 

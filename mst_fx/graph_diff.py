@@ -60,6 +60,8 @@ def hunks(report: Report) -> list[Hunk]:
 
 
 def _changes(report: Report, number: int, pair: GraphPair) -> Iterator[tuple[object, Hunk]]:
+    if pair.after is pair.before:
+        return
     bodies = {b.name: b for b in report.bodies}
     after = subgraphs(pair.after)
     for name, before in subgraphs(pair.before).items():

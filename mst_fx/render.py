@@ -27,12 +27,12 @@ def explain_text(report: Report) -> str:
         lines.append("  no wide token-wise region found; compiled as plain Inductor would")
     rows = [("status", "kind", "where", "tokens", "chunks", "wide bytes"), *(_cells(g) for g in groups)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    reasons = ["", *(g[0].reason for g in groups)]
+    reasons = ["", *(short_source(g[0].reason) for g in groups)]
     for row, reason in zip(rows, reasons, strict=True):
         if groups:
             lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
             lines += [f"      {reason}"] if reason else []
-    lines += [f"  note: {n}" for n in report.notes]
+    lines += [f"  note: {short_source(n)}" for n in report.notes]
     advice = dict.fromkeys(a for r in report.regions if r.status == "skipped" and (a := advise(r.reason)))
     if advice:
         lines += ["what you can do:", *(f"  - {a}" for a in advice)]
@@ -139,9 +139,7 @@ def _cells(group: list[RegionReport]) -> tuple[str, ...]:
     )
 
 
-def short_source(source: str) -> str:
-    """Return a ``file:line`` without what every path on the machine begins with."""
-    for mark in (f"site-packages{os.sep}", f"dist-packages{os.sep}"):
-        if mark in source:
-            return source.rpartition(mark)[2]
-    return source.removeprefix(os.getcwd() + os.sep)
+def short_source(text: str) -> str:
+    """Return a ``file:line``, or a sentence that holds one, without what every path on the machine begins with."""
+    text = re.sub(r"/\S*/(?:site|dist)-packages/", "", text)
+    return text.replace(os.getcwd() + os.sep, "")

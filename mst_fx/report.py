@@ -52,7 +52,7 @@ class RegionReport:
 
 @dataclass(frozen=True, eq=False)
 class GraphPair:
-    """One graph before and after the passes.
+    """One graph before and after the passes; the same one where nothing was chunked.
 
     Nodes of ``after`` carry in ``meta``: ``mst_origin``, the name of the node of ``before`` they are, absent on
     new ones; ``mst_region``, on new ones, the first name in ``RegionReport.nodes`` of the region they stand for.
