@@ -26,7 +26,10 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import cpu_vec_isa, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.choices import InductorChoices
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.ir import FallbackKernel
+from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -127,7 +130,31 @@ def compile_graph(
     with functorch_config.patch(ban_recompute_materialized_backward=not chunked):
         if compiler == "aot_eager":
             return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
-        return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
+        inner = functools.partial(_compile_apart, compile_fx_inner) if chunked else compile_fx_inner
+        return compile_fx(graph, inputs, inner_compile=inner, config_patches=options or None)  # pyright: ignore
+
+
+class _Apart(InductorChoices):
+    """NOTE [no fusion across a loop] Inductor fuses nodes that read the same value, however far apart they are run.
+
+    Between two such nodes may lie an attention or the loop of a chunked region, through which all that the later
+    one reads and the earlier one writes would stay alive: the gradient of a norm's weight, or the next
+    checkpointed layer's recomputed input. Torch refuses pairs more than 64 nodes apart for that reason; a
+    chunked layer has fewer nodes than that.
+    """
+
+    @staticmethod
+    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        first, second = sorted((node1, node2), key=lambda n: n.min_order)
+        between = range(first.max_order + 1, second.min_order)
+        if any(isinstance(n.node, FallbackKernel) and n.min_order in between for n in scheduler.nodes):
+            return False
+        return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
+def _compile_apart(compile_inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with V.set_choices_handler(_Apart()):
+        return compile_inner(*args, **kwargs)
 
 
 def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
