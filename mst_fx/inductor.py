@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import get_debug_dir
 from torch._guards import TracingContext, tracing
@@ -50,6 +51,7 @@ __all__ = [
     "mode_options",
     "probe_cpu",
     "symbolic_inputs",
+    "symbolic_sizes",
     "trace_artifact",
 ]
 
@@ -80,6 +82,11 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """
     inner = [getattr(v, n) for v in values if is_traceable_wrapper_subclass(v) for n in v.__tensor_flatten__()[0]]
     return next((v.fake_mode for v in [*values, *inner] if isinstance(v, FakeTensor)), None)
+
+
+def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
+    """Let composite ops run on symbolic sizes: torch 2.11's C++ ones ask for integers, which would fix the length."""
+    return enable_python_dispatcher()
 
 
 def is_plain_fake(value: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx import random
+from mst_fx.inductor import symbolic_sizes
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten
 from mst_fx.rules import find_rule
 
@@ -109,7 +110,7 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
     """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
-    with fake_mode, recording(builder):
+    with fake_mode, recording(builder), symbolic_sizes():
         if special is not None:
             return special(builder, *args, **kwargs)
         if node.op == "call_method":
