@@ -8,11 +8,13 @@ Facts this file rests on (seen on 2.11 and 2.13):
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import pathlib
 import platform
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -150,11 +152,18 @@ class _Apart(InductorChoices):
     chunked layer has fewer nodes than that.
     """
 
-    @staticmethod
-    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+
+    def can_fuse_horizontal(self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        """Refuse two nodes that read the same value with a call of an op between them."""
+        calls = self._calls.get(scheduler)
+        if calls is None:
+            calls = sorted(n.min_order for n in scheduler.nodes if isinstance(n.node, FallbackKernel))
+            self._calls[scheduler] = calls
         first, second = sorted((node1, node2), key=lambda n: n.min_order)
-        between = range(first.max_order + 1, second.min_order)
-        if any(isinstance(n.node, FallbackKernel) and n.min_order in between for n in scheduler.nodes):
+        if bisect.bisect(calls, first.max_order) < bisect.bisect_left(calls, second.min_order):
             return False
         return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
 
