@@ -83,7 +83,7 @@ def _changes(report: Report, number: int, pair: GraphPair) -> Iterator[tuple[obj
                 (region,) if region else (), _lines(gone, region), _lines(new, region),
                 bodies.get(region.body) if region else None,
             )  # fmt: skip
-            name_of = _ordinals([*gone, *new])
+            name_of = ordinals([*gone, *new])
             shape = tuple(node_line(n, name_of) for n in [*gone, *new])
             plan = (region.kind, region.source, region.tokens, region.chunk_tokens, region.reason) if region else ()
             yield (shape, plan, region.body if region else name), hunk
@@ -135,7 +135,7 @@ def short_name(node: fx.Node, region: RegionReport | None = None) -> str:
     return name.removeprefix(f"{region.path}.") if region and region.path else name
 
 
-def _ordinals(nodes: list[fx.Node]) -> Callable[[fx.Node], str]:
+def ordinals(nodes: list[fx.Node]) -> Callable[[fx.Node], str]:
     """Name nodes by their place in the change and what is outside by its place among what is read."""
     names = {n: f"%{i}" for i, n in enumerate(nodes)}
     outside: dict[fx.Node, str] = {}

@@ -22,10 +22,10 @@ def headline(report: Report) -> str:
 def explain_text(report: Report) -> str:
     """Return the headline, a table of every region considered (equal ones folded), and what can be done."""
     lines = [headline(report)]
-    groups = list(_folded(report.regions))
+    groups = list(folded_regions(report.regions))
     if not groups:
         lines.append("  no wide token-wise region found; compiled as plain Inductor would")
-    rows = [("status", "kind", "where", "tokens", "chunks", "wide bytes"), *(_cells(g) for g in groups)]
+    rows = [("status", "kind", "where", "tokens", "chunks", "wide bytes"), *(region_cells(g) for g in groups)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     reasons = ["", *(short_source(g[0].reason) for g in groups)]
     for row, reason in zip(rows, reasons, strict=True):
@@ -33,10 +33,14 @@ def explain_text(report: Report) -> str:
             lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
             lines += [f"      {reason}"] if reason else []
     lines += [f"  note: {short_source(n)}" for n in report.notes]
-    advice = dict.fromkeys(a for r in report.regions if r.status == "skipped" and (a := advise(r.reason)))
-    if advice:
+    if advice := advices(report):
         lines += ["what you can do:", *(f"  - {a}" for a in advice)]
     return "\n".join(lines)
+
+
+def advices(report: Report) -> list[str]:
+    """Return what a user can do about the skipped regions, each once."""
+    return list(dict.fromkeys(a for r in report.regions if r.status == "skipped" and (a := advise(r.reason))))
 
 
 def advise(reason: str) -> str:
@@ -91,10 +95,11 @@ def _title(hunk: Hunk) -> str:
     first, count = hunk.regions[0], len(hunk.regions)
     where = ", ".join(filter(None, [hunk.places, short_source(first.source)]))
     times = f" x{count}" if count > 1 else ""
-    return f"@@ {first.kind}{times}  {where}  {_plan(first)}"
+    return f"@@ {first.kind}{times}  {where}  {plan_text(first)}"
 
 
-def _plan(region: RegionReport) -> str:
+def plan_text(region: RegionReport) -> str:
+    """Return a region's chunks and its wide bytes before and after."""
     return (
         f"{region.tokens} tokens in {region.num_chunks} chunks of {region.chunk_tokens}, "
         f"{format_bytes(region.bytes_before)} -> {format_bytes(region.bytes_after)}"
@@ -114,7 +119,8 @@ def _aligned(lines: Iterable[Line]) -> list[str]:
     return texts
 
 
-def _folded(regions: Iterable[RegionReport]) -> Iterable[list[RegionReport]]:
+def folded_regions(regions: Iterable[RegionReport]) -> Iterable[list[RegionReport]]:
+    """Return the regions, equal ones together."""
     groups: dict[object, list[RegionReport]] = {}
     for r in regions:
         reason = re.sub(r"`(\w+?)(_\d+)?`", r"`\1`", r.reason)
@@ -123,7 +129,8 @@ def _folded(regions: Iterable[RegionReport]) -> Iterable[list[RegionReport]]:
     return groups.values()
 
 
-def _cells(group: list[RegionReport]) -> tuple[str, ...]:
+def region_cells(group: list[RegionReport]) -> tuple[str, ...]:
+    """Return status, kind, place, tokens, chunks and wide bytes of equal regions."""
     r = group[0]
     kind = f"{r.kind} x{len(group)}" if len(group) > 1 else r.kind
     where = " ".join(filter(None, [short_source(r.source), fold_paths([x.path for x in group])]))

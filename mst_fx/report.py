@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import json
 import pathlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,22 +117,17 @@ class Report:
         }
 
     def to_html(self, path: str | pathlib.Path) -> None:
-        """Write the report as one self-contained page."""
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in dataclasses.asdict(r).values()) + "</tr>"
-            for r in self.regions
-        )
-        head = "".join(f"<th>{f.name}</th>" for f in dataclasses.fields(RegionReport))
-        data = json.dumps(self.to_dict()).replace("</", "<\\/")
-        page = (
-            "<!doctype html><meta charset=utf-8><title>mst report</title>"
-            "<style>body{font:14px system-ui;margin:2em}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;"
-            "text-align:left}pre{overflow:auto}</style>"
-            f"<h1>mst report</h1><pre>{html.escape(str(self))}</pre><table><tr>{head}</tr>{rows}</table>"
-            f"<h2>Diff</h2><pre>{html.escape(self.diff())}</pre>"
-            f"<script type=application/json id=report>{data}</script>"
-        )
-        pathlib.Path(path).write_text(page, encoding="utf-8")
+        """Write the report as one self-contained page: regions, live bytes, both graphs side by side.
+
+        Args:
+            path: An HTML file; one that is there is replaced.
+
+        Raises:
+            OSError: If the file can't be written; before anything else is done.
+        """
+        from mst_fx.page import write_page
+
+        write_page(self, path)
 
 
 def join_reports(reports: list[Report]) -> Report:
