@@ -20,10 +20,13 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._inductor import cpu_vec_isa, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, partition_fn
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -40,6 +43,7 @@ __all__ = [
     "finish_kernels",
     "kernels_at_once",
     "mode_options",
+    "partition",
     "probe_cpu",
     "symbolic_inputs",
 ]
@@ -111,17 +115,75 @@ def compile_body(
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any], chunked: bool
 ) -> Callable[..., Any]:
-    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would.
+    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
+    with _partitioner_settings(chunked):
+        if compiler == "aot_eager":
+            return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
+        return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
+
+
+def _partitioner_settings(chunked: bool) -> Any:
+    """Return the settings AOTAutograd's partitioner runs under.
 
     NOTE [recompute what feeds a loop] AOTAutograd's partitioner saves whatever must exist as a whole in the
     backward, e.g. the normed input of a matmul, although the residual it comes from is saved too. With wide
     values gone these are the largest term (half of what a Llama layer keeps, and the S x S mask), so in a
     graph with chunked regions they may be recomputed, which is pointwise work.
     """
-    with functorch_config.patch(ban_recompute_materialized_backward=not chunked):
-        if compiler == "aot_eager":
-            return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
-        return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
+    return functorch_config.patch(ban_recompute_materialized_backward=not chunked)
+
+
+class _Captured(Exception):
+    """Carries graphs out of AOTAutograd, which would go on to compile them."""
+
+    def __init__(self, *graphs: fx.GraphModule) -> None:
+        super().__init__()
+        self.graphs = graphs
+
+
+def partition(module: fx.GraphModule, chunked: bool) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Return the ATen graphs of forward and backward that ``compile_graph`` would hand to Inductor.
+
+    Args:
+        module: A Dynamo graph with fake values in ``meta["example_value"]``; it is taken over.
+        chunked: As for ``compile_graph``.
+
+    Returns:
+        The forward, and the backward or None where the graph doesn't train. Fake values are in ``meta["val"]``.
+    """
+    inputs = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    results = [n.meta.get("example_value") for n in output.all_input_nodes]
+    mode = fake_mode_of(inputs + results) or FakeTensorMode(allow_non_fake_inputs=True)
+    trains = any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
+
+    def take_both(*args: Any, **kwargs: Any) -> Any:
+        raise _Captured(*partition_fn(*args, **kwargs))
+
+    def take_forward(graph: fx.GraphModule, _: Any) -> Any:
+        raise _Captured(graph)
+
+    try:
+        with (
+            _partitioner_settings(chunked),
+            functorch_config.patch(unlift_effect_tokens=True),
+            torch.set_grad_enabled(trains),
+            V.set_fake_mode(mode),
+            tracing(TracingContext(mode)),
+        ):
+            aot_module_simplified(
+                module,
+                inputs,
+                fw_compiler=take_forward,
+                inference_compiler=take_forward,
+                partition_fn=take_both,
+                decompositions=select_decomp_table(),
+                keep_inference_input_mutations=True,
+            )
+    except _Captured as captured:
+        forward, *backward = captured.graphs
+        return forward, backward[0] if backward else None
+    raise AssertionError("AOTAutograd called no compiler")
 
 
 def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
