@@ -145,15 +145,18 @@ def partition(module: fx.GraphModule, chunked: bool) -> tuple[fx.GraphModule, fx
     """Return the ATen graphs of forward and backward that ``compile_graph`` would hand to Inductor.
 
     Args:
-        module: A Dynamo graph with fake values in ``meta["example_value"]``; it is taken over.
+        module: A Dynamo graph with fake values in ``meta["example_value"]``, or a body's graph with them in
+            ``meta["val"]``; it is taken over.
         chunked: As for ``compile_graph``.
 
     Returns:
         The forward, and the backward or None where the graph doesn't train. Fake values are in ``meta["val"]``.
     """
-    inputs = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
     output = next(n for n in module.graph.nodes if n.op == "output")
-    results = [n.meta.get("example_value") for n in output.all_input_nodes]
+    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    inputs, results = (
+        [n.meta.get("example_value", n.meta.get("val")) for n in nodes] for nodes in (holders, output.all_input_nodes)
+    )
     mode = fake_mode_of(inputs + results) or FakeTensorMode(allow_non_fake_inputs=True)
     trains = any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
 

@@ -6,10 +6,14 @@ import dataclasses
 import html
 import json
 import pathlib
+import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
+
+if TYPE_CHECKING:
+    from mst_fx.liveness import Timeline
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,21 @@ class Report:
 
         return explain_text(self)
 
+    def timelines(self) -> tuple[tuple[Timeline, Timeline], ...]:
+        """Return the estimated live bytes of every graph before and after; computed once.
+
+        Where nothing was chunked in a graph, both are one object.
+        """
+        if self not in _TIMELINES:
+            from mst_fx.liveness import timeline
+
+            found = []
+            for pair in self.graphs:
+                before = timeline(pair.before, False)
+                found.append((before, before if pair.after is pair.before else timeline(pair.after, True)))
+            _TIMELINES[self] = tuple(found)
+        return _TIMELINES[self]
+
     def diff(self, backward: bool = False, colour: bool = False) -> str:
         """Return the text diff of the graphs before and after, chunk bodies under what they replace.
 
@@ -135,6 +154,9 @@ class Report:
             f"<script type=application/json id=report>{data}</script>"
         )
         pathlib.Path(path).write_text(page, encoding="utf-8")
+
+
+_TIMELINES: weakref.WeakKeyDictionary[Report, tuple[tuple[Timeline, Timeline], ...]] = weakref.WeakKeyDictionary()
 
 
 def join_reports(reports: list[Report]) -> Report:
