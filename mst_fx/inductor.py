@@ -24,7 +24,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._inductor import cpu_vec_isa, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.compile_fx import compile_fx, partition_fn
+from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx, partition_fn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -164,7 +164,8 @@ def partition(module: fx.GraphModule, chunked: bool) -> tuple[fx.GraphModule, fx
         raise _Captured(*partition_fn(*args, **kwargs))
 
     def take_forward(graph: fx.GraphModule, _: Any) -> Any:
-        raise _Captured(graph)
+        device = next((r.device for r in inputs + results if isinstance(r, torch.Tensor)), None)
+        raise _Captured(_recursive_joint_graph_passes(graph, input_device=device))
 
     try:
         with (
