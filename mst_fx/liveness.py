@@ -185,7 +185,10 @@ def _is_view(node: fx.Node) -> bool:
     """Whether the node's value lies in its first argument's memory."""
     value, source = node.meta.get("val"), node.args[0] if node.args else None
     base = source.meta.get("val") if isinstance(source, fx.Node) else None
-    if node.target in (operator.getitem, aten._unsafe_view.default, aten.reshape.default):
+    if node.target is operator.getitem:
+        # What the partitioner wraps to replay random numbers has no value of its own: its results stand for it.
+        return isinstance(source, fx.Node) and "val" in source.meta
+    if node.target in (aten._unsafe_view.default, aten.reshape.default):
         return True
     if not (isinstance(value, torch.Tensor) and isinstance(base, torch.Tensor)):
         return False
@@ -203,9 +206,7 @@ def _program(module: fx.GraphModule, phase: str, refs: dict[fx.Node, frozenset[_
         if node.op in ("placeholder", "get_attr"):
             program.refs.setdefault(node, frozenset())
         elif node.op == "output":
-            program.results = [
-                program.refs[r] if isinstance(r, fx.Node) else frozenset() for r in _flat(node.args[0])
-            ]
+            program.results = [program.refs[r] if isinstance(r, fx.Node) else frozenset() for r in _flat(node.args[0])]
         else:
             _add(program, node, realized)
     return program
@@ -223,8 +224,8 @@ def _realized(module: fx.GraphModule) -> set[fx.Node]:
 
 def _add(program: _Program, node: fx.Node, realized: set[fx.Node]) -> None:
     reads = frozenset().union(*(program.refs[n] for n in node.all_input_nodes))
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        keys = program.refs[node.args[0]]
+    if node.target is operator.getitem and _is_view(node):
+        keys = program.refs[node.args[0]]  # pyright: ignore
         program.refs[node] = frozenset(k for k in keys if k.result == node.args[1] or len(keys) == 1)
         return
     if _is_view(node):
@@ -331,7 +332,9 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
     plan = found.plan
     assert plan is not None
     peak, results = _body_bytes(plan.graph, rows)
-    row_bytes = sum(_bytes(v) for v in _flat(node.meta["val"])[-len(plan.chunked) - len(plan.shared) :][: len(plan.chunked)])
+    values = [_bytes(v) for v in _flat(node.meta["val"])]
+    first = len(values) - len(plan.chunked) - len(plan.shared)
+    row_bytes = sum(values[first : first + len(plan.chunked)])
     wide = max((_wide_bytes(found, p, t, results, rows) for p, terms in plan.shared.items() for t in terms), default=0)
     sums = {p: [math.prod(t.shape) * _sum_dtype(found, p).itemsize for t in ts] for p, ts in plan.shared.items()}
     remaining = sum(map(sum, sums.values()))
@@ -344,7 +347,7 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
         most = max(most, done + remaining + (gradient if copied else 0))
         remaining -= sum(sums[position])
         done += gradient
-    return max(0, row_bytes + most - sum(_bytes(v) for v in _flat(node.meta["val"])))
+    return max(0, row_bytes + most - sum(values))
 
 
 def _sum_dtype(found: CompiledBody, position: int) -> torch.dtype:
@@ -366,7 +369,8 @@ def _wide_bytes(found: CompiledBody, position: int, term: Term, results: list[An
 def _is_contiguous(term: Term, shape: Iterable[int]) -> bool:
     total = torch.empty(term.shape, device="meta")
     laid = total if term.layout is None else term.layout(total)
-    return laid.reshape(tuple(shape)).is_contiguous() and laid.untyped_storage()._cdata == total.untyped_storage()._cdata
+    same = laid.untyped_storage()._cdata == total.untyped_storage()._cdata
+    return same and laid.reshape(tuple(shape)).is_contiguous()
 
 
 def _body_bytes(graph: fx.GraphModule | None, rows: int) -> tuple[int, list[Any]]:
