@@ -159,7 +159,7 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
             f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
         ) from e
     BODIES[name] = CompiledBody(
-        body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate
+        body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate, traced
     )
     _CODE[name] = context.bodies[name] = BodyCode(
         name, body_code(traced), body_code(backward.graph) if backward else ""

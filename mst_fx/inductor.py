@@ -25,12 +25,14 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import get_debug_dir
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import cpu_vec_isa, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx, compile_fx_inner, partition_fn
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.ir import FallbackKernel
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
@@ -51,6 +53,7 @@ __all__ = [
     "finish_kernels",
     "kernels_at_once",
     "mode_options",
+    "partition",
     "probe_cpu",
     "symbolic_inputs",
     "symbolic_sizes",
@@ -129,18 +132,23 @@ def compile_body(
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any], chunked: bool
 ) -> Callable[..., Any]:
-    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would.
+    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
+    with _partitioner_settings(chunked):
+        if compiler == "aot_eager":
+            return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
+        inner = functools.partial(_compile_apart, compile_fx_inner) if chunked else compile_fx_inner
+        return compile_fx(graph, inputs, inner_compile=inner, config_patches=options or None)  # pyright: ignore
+
+
+def _partitioner_settings(chunked: bool) -> Any:
+    """Return the settings AOTAutograd's partitioner runs under.
 
     NOTE [recompute what feeds a loop] AOTAutograd's partitioner saves whatever must exist as a whole in the
     backward, e.g. the normed input of a matmul, although the residual it comes from is saved too. With wide
     values gone these are the largest term (half of what a Llama layer keeps, and the S x S mask), so in a
     graph with chunked regions they may be recomputed, which is pointwise work.
     """
-    with functorch_config.patch(ban_recompute_materialized_backward=not chunked):
-        if compiler == "aot_eager":
-            return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
-        inner = functools.partial(_compile_apart, compile_fx_inner) if chunked else compile_fx_inner
-        return compile_fx(graph, inputs, inner_compile=inner, config_patches=options or None)  # pyright: ignore
+    return functorch_config.patch(ban_recompute_materialized_backward=not chunked)
 
 
 class _Apart(InductorChoices):
@@ -171,6 +179,63 @@ class _Apart(InductorChoices):
 def _compile_apart(compile_inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with V.set_choices_handler(_Apart()):
         return compile_inner(*args, **kwargs)
+
+
+class _Captured(Exception):
+    """Carries graphs out of AOTAutograd, which would go on to compile them."""
+
+    def __init__(self, *graphs: fx.GraphModule) -> None:
+        super().__init__()
+        self.graphs = graphs
+
+
+def partition(module: fx.GraphModule, chunked: bool) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Return the ATen graphs of forward and backward that ``compile_graph`` would hand to Inductor.
+
+    Args:
+        module: A Dynamo graph with fake values in ``meta["example_value"]``, or a body's graph with them in
+            ``meta["val"]``; it is taken over.
+        chunked: As for ``compile_graph``.
+
+    Returns:
+        The forward, and the backward or None where the graph doesn't train. Fake values are in ``meta["val"]``.
+    """
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    inputs, results = (
+        [n.meta.get("example_value", n.meta.get("val")) for n in nodes] for nodes in (holders, output.all_input_nodes)
+    )
+    mode = fake_mode_of(inputs + results) or FakeTensorMode(allow_non_fake_inputs=True)
+    trains = any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
+
+    def take_both(*args: Any, **kwargs: Any) -> Any:
+        raise _Captured(*partition_fn(*args, **kwargs))
+
+    def take_forward(graph: fx.GraphModule, _: Any) -> Any:
+        device = next((r.device for r in inputs + results if isinstance(r, torch.Tensor)), None)
+        raise _Captured(_recursive_joint_graph_passes(graph, input_device=device))
+
+    try:
+        with (
+            _partitioner_settings(chunked),
+            functorch_config.patch(unlift_effect_tokens=True),
+            torch.set_grad_enabled(trains),
+            V.set_fake_mode(mode),
+            tracing(TracingContext(mode)),
+        ):
+            aot_module_simplified(
+                module,
+                inputs,
+                fw_compiler=take_forward,
+                inference_compiler=take_forward,
+                partition_fn=take_both,
+                decompositions=select_decomp_table(),
+                keep_inference_input_mutations=True,
+            )
+    except _Captured as captured:
+        forward, *backward = captured.graphs
+        return forward, backward[0] if backward else None
+    raise AssertionError("AOTAutograd called no compiler")
 
 
 def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

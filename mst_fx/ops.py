@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from mst_fx.body import Backward, InputSpec, Term
 from mst_fx.inductor import cpu_multiplies
@@ -41,6 +42,8 @@ class CompiledBody:
     backward: Callable[..., Any] | None
     plan: Backward | None
     accumulate: str
+    graph: fx.GraphModule | None = None
+    """The forward as it was traced, for estimates; None in one that has none."""
 
 
 BODIES: dict[str, CompiledBody] = {}

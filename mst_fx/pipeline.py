@@ -56,7 +56,9 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
                 _run_on(graph, context)
     chunked = any(r.status == "chunked" for r in context.reports)
     before = copy_graph(module, KEPT)
+    before.meta["mst_ambient"] = _autocast_now()  # autocast around the compiled function is not in its graph
     after = copy_graph(rewritten, KEPT) if chunked else before
+    after.meta["mst_ambient"] = before.meta["mst_ambient"]
     report = Report(tuple(context.reports), tuple(notes), tuple(context.bodies.values()), (GraphPair(before, after),))
     log.info(
         "mst: %d of %d regions chunked in %.2f s",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
+
+if TYPE_CHECKING:
+    from mst_fx.liveness import Timeline
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,21 @@ class Report:
 
         return explain_text(self)
 
+    def timelines(self) -> tuple[tuple[Timeline, Timeline], ...]:
+        """Return the estimated live bytes of every graph before and after; computed once.
+
+        Where nothing was chunked in a graph, both are one object.
+        """
+        if self not in _TIMELINES:
+            from mst_fx.liveness import timeline
+
+            found = []
+            for pair in self.graphs:
+                before = timeline(pair.before, False)
+                found.append((before, before if pair.after is pair.before else timeline(pair.after, True)))
+            _TIMELINES[self] = tuple(found)
+        return _TIMELINES[self]
+
     def diff(self, backward: bool = False, colour: bool = False) -> str:
         """Return the text diff of the graphs before and after, chunk bodies under what they replace.
 
@@ -128,6 +147,9 @@ class Report:
         from mst_fx.page import write_page
 
         write_page(self, path)
+
+
+_TIMELINES: weakref.WeakKeyDictionary[Report, tuple[tuple[Timeline, Timeline], ...]] = weakref.WeakKeyDictionary()
 
 
 def join_reports(reports: list[Report]) -> Report:
