@@ -42,9 +42,11 @@ __all__ = [
     "cpu_multiplies",
     "debug_folder",
     "fake_mode_of",
+    "fake_tensors",
     "finish_kernels",
     "kernels_at_once",
     "mode_options",
+    "option_names",
     "probe_cpu",
     "symbolic_inputs",
     "trace_artifact",
@@ -77,6 +79,16 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """
     inner = [getattr(v, n) for v in values if is_traceable_wrapper_subclass(v) for n in v.__tensor_flatten__()[0]]
     return next((v.fake_mode for v in [*values, *inner] if isinstance(v, FakeTensor)), None)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a context in which tensors are made without memory; real constants may meet them."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def option_names() -> list[str]:
+    """Return the names of Inductor's options."""
+    return list(inductor_config.get_config_copy())
 
 
 def is_plain_fake(value: Any) -> bool:
