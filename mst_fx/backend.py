@@ -8,7 +8,7 @@ graphs needs are made here, at import, and the C++ compiler is asked early what 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,8 +47,18 @@ def mst(
     check_torch()
     config = Config.parse(options, inductor.mode_options(mode))
     join_graphs()  # again: Transformers may have been imported after this module
+    compiled, report = compile_chunked(gm, example_inputs, config)
+    _reports.append(report)
+    _publish(report, len(_reports))
+    return compiled
+
+
+def compile_chunked(
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None = None
+) -> tuple[Callable[..., Any], Report]:
+    """Rewrite and compile a Dynamo graph; ``only`` is that of ``run_passes``."""
     known = set(BODIES)
-    compiled, report, logits = _compile(gm, example_inputs, config)
+    compiled, report, logits = _compile(gm, example_inputs, config, only)
     try:
         inductor.finish_kernels()
     except Exception:
@@ -56,24 +66,22 @@ def mst(
         for name in BODIES.keys() - known:
             del BODIES[name]
         with inductor.kernels_at_once():
-            compiled, report, logits = _compile(gm, example_inputs, config)
-    _reports.append(report)
-    _publish(report, len(_reports))
+            compiled, report, logits = _compile(gm, example_inputs, config, only)
     if not logits:
-        return compiled
+        return compiled, report
 
     count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
 
     def run(*args: Any) -> Any:
         return build_outputs(compiled(*args), args, logits, count)
 
-    return run
+    return run, report
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None
 ) -> tuple[Callable[..., Any], Report, list[LogitsSpec]]:
-    module, report, logits = run_passes(gm, config)
+    module, report, logits = run_passes(gm, config, only)
     chunked = bool(report.chunked)
     compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     return compiled, report, logits

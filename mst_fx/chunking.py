@@ -57,6 +57,8 @@ class Context:
     reports: list[RegionReport] = field(default_factory=list)
     bodies: dict[str, BodyCode] = field(default_factory=dict)
     logits: list[LogitsSpec] = field(default_factory=list)
+    allowed: frozenset[str] | None = None
+    """Keys of the regions of the graph at hand that may be rewritten; None for all."""
 
 
 class BodyError(Exception):
@@ -181,6 +183,8 @@ def chunk_region(
 ) -> RegionReport:
     """Plan, compile and rewrite one lifted region, or report why it stays."""
     region = lifted.region
+    if context.allowed is not None and region_key(region) not in context.allowed:
+        return skipped(region, "not among the chosen regions", lifted)
     plan = plan_region(lifted, context)
     if isinstance(plan, Mismatch):
         return skipped(region, plan.reason, lifted)

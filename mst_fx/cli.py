@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
+import os
+import pathlib
 import sys
-import traceback
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from mst_fx.config import Config, OptionError, did_you_mean
-
-
-class UsageError(Exception):
-    """The command line can't be carried out; the message says what to do."""
+from mst_fx.check import Check, IncomparableError, check
+from mst_fx.config import OptionError
+from mst_fx.dry_run import explain
+from mst_fx.graph_diff import Hunk, hunks
+from mst_fx.models import (
+    ModelSpec,
+    Subject,
+    UsageError,
+    build_model,
+    parse_options,
+    parse_pairs,
+    short_traceback,
+)
+from mst_fx.report import Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,22 +48,40 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_at_least(2), help="training steps for each backend")
     demo.add_argument("--seq-len", type=_at_least(64), help="tokens per step")
     demo.set_defaults(run=_demo)
-    explain = commands.add_parser("explain", help="say what would be chunked in a model, and why the rest would not")
-    model = explain.add_mutually_exclusive_group(required=True)
-    model.add_argument(
-        "--entry", metavar="MODULE:FUNCTION", help="a function that returns a model and its inputs (a dict)"
+    shared = _model_arguments()
+    explained = commands.add_parser(
+        "explain", parents=[shared], help="say what would be chunked in a model, and why the rest would not"
     )
-    model.add_argument("--hf", metavar="MODEL_TYPE", help="a Transformers causal LM of this type, random weights")
-    explain.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config values, with --hf")
-    explain.add_argument("--batch", type=_at_least(1), default=1)
-    explain.add_argument("--seq-len", type=_at_least(1), default=1024)
-    explain.add_argument("--checkpointing", action="store_true", help="turn gradient checkpointing on, with --hf")
-    explain.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="an mst option, e.g. chunk_tokens=512"
-    )
-    explain.add_argument("--format", choices=["text", "json"], default="text")
-    explain.set_defaults(run=_explain)
+    explained.add_argument("--format", choices=["text", "json"], default="text")
+    explained.set_defaults(run=_explain)
+    diff = commands.add_parser("diff", parents=[shared], help="show a model's graph before and after")
+    diff.add_argument("--format", choices=["text", "json", "html"], default="text")
+    diff.add_argument("--backward", action="store_true", help="print the backward of every chunk body too")
+    diff.add_argument("--html", metavar="FILE", help="write the page too")
+    diff.add_argument("--check", action="store_true", help="run it: compare with plain and fp64; status 1 if worse")
+    diff.add_argument("--compiler", choices=["aot_eager", "inductor"], help="what compiles both for --check")
+    diff.add_argument("--tolerance", type=float, help="how much larger our relative error may be, for --check")
+    diff.set_defaults(run=_diff)
     return parser
+
+
+def _model_arguments() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    model = shared.add_mutually_exclusive_group(required=True)
+    model.add_argument("--entry", metavar="MODULE:FUNCTION", help="a function: (model, inputs), inputs a dict or tuple")
+    model.add_argument("--hf", metavar="PATH_OR_TYPE", help="a causal LM: a folder with config.json, or a model type")
+    shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config value, with --hf")
+    shared.add_argument("--batch", type=_at_least(1), help="with --hf (1)")
+    shared.add_argument("--seq-len", type=_at_least(1), help="with --hf (1024)")
+    shared.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"])
+    shared.add_argument("--device")
+    shared.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, with --hf")
+    shared.add_argument("--fake", action="store_true", help="trace with fake tensors: no memory for any size")
+    shared.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="e.g. chunk_tokens=512, or Inductor's"
+    )
+    shared.add_argument("--out", metavar="FILE", help="write there rather than on the terminal")
+    return shared
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -78,65 +108,90 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    options = {f"mst.{k}": v for k, v in _pairs(args.option).items()}
-    Config.parse(options)
-    model, inputs = _entry(args.entry) if args.entry else _hf(args)
-    import mst_fx
-
-    report = mst_fx.explain(model, options)(**inputs)
-    print(json.dumps(report.to_dict(), indent=1) if args.format == "json" else report)
+    report, _ = _report(args)
+    _write(args.out, json.dumps(report.to_dict(), indent=1) if args.format == "json" else str(report))
     return 0
 
 
-def _pairs(items: list[str]) -> dict[str, Any]:
-    found = {}
-    for item in items:
-        key, sep, value = item.partition("=")
-        if not sep:
-            raise UsageError(f"{item!r} is not of the form NAME=VALUE")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found
+def _diff(args: argparse.Namespace) -> int:
+    if args.check and args.fake:
+        raise UsageError("--check runs the model, and fake tensors hold no numbers; leave out --check or --fake")
+    if not args.check and (args.compiler or args.tolerance is not None):
+        raise UsageError("--compiler and --tolerance go with --check")
+    report, subject = _report(args)
+    if args.html:
+        report.to_html(args.html)
+    checked = _check(args, subject) if args.check else None
+    if args.format == "json":
+        data = {**report.to_dict(), "hunks": [_hunk(h) for h in hunks(report)]}
+        text = json.dumps({**data, "check": checked.to_dict()} if checked else data, indent=1)
+    elif args.format == "html":
+        with tempfile.TemporaryDirectory() as folder:
+            page = pathlib.Path(folder) / "page.html"
+            report.to_html(page)
+            text = page.read_text(encoding="utf-8")
+    else:
+        text = report.diff(args.backward, colour=not args.out and _has_colour())
+        text = f"{text}\n\n{checked}" if checked else text
+    _write(args.out, text)
+    if checked and checked.failures and args.format == "html":
+        print(checked, file=sys.stderr)
+    return 1 if checked and checked.failures else 0
 
 
-def _entry(name: str) -> tuple[Any, dict[str, Any]]:
-    module, sep, function = name.partition(":")
-    if not sep:
-        raise UsageError(f"--entry {name!r} is not of the form package.module:function")
-    sys.path.insert(0, "")
+def _hunk(hunk: Hunk) -> dict[str, Any]:
+    return {**dataclasses.asdict(hunk), "places": hunk.places}
+
+
+def _report(args: argparse.Namespace) -> tuple[Report, Subject]:
+    """Make the model and trace it; what can be wrong with the command line is found before."""
+    for path in (args.out, getattr(args, "html", None)):
+        if path:
+            _check_writable(path)
+    options = parse_options(args.option)
+    subject = build_model(
+        ModelSpec(
+            args.entry, args.hf, parse_pairs(args.set), args.batch, args.seq_len, args.dtype, args.device,
+            args.checkpointing, args.fake,
+        )
+    )  # fmt: skip
     try:
-        result = getattr(importlib.import_module(module), function)()
+        return explain(subject.model, options)(*subject.args, **subject.kwargs), subject
     except Exception as e:
-        tail = "".join(traceback.format_exception(e)[-3:])
-        raise UsageError(f"--entry {name} failed:\n{tail}") from e
-    if not (isinstance(result, tuple) and len(result) == 2 and callable(result[0]) and isinstance(result[1], dict)):
-        raise UsageError(f"--entry {name} must return (model, inputs) with inputs a dict, got {type(result).__name__}")
-    return result
+        raise UsageError(f"the model raised when it ran on its inputs:\n{short_traceback(e)}") from e
 
 
-def _hf(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _check(args: argparse.Namespace, subject: Subject) -> Check:
+    options = parse_options(args.option)
     try:
-        import transformers
-    except ImportError as e:
-        raise UsageError("--hf needs Transformers: pip install 'mst_fx[hf]'") from e
-    import torch
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        return check(
+            subject.model, subject.args, subject.kwargs,
+            options=options, compiler=args.compiler or "aot_eager", tolerance=args.tolerance,
+        )  # fmt: skip
+    except IncomparableError as e:
+        raise UsageError(f"--check: {e}") from e
 
-    if args.hf not in CONFIG_MAPPING:
-        raise UsageError(f"unknown model type {args.hf!r}.{did_you_mean(args.hf, CONFIG_MAPPING.keys())}")
-    config = CONFIG_MAPPING[args.hf]()
-    for key, value in _pairs(args.set).items():
-        if not hasattr(config, key):
-            raise UsageError(f"{args.hf} has no config value {key!r}.{did_you_mean(key, vars(config))}")
-        setattr(config, key, value)
-    config.use_cache = False
-    model = transformers.AutoModelForCausalLM.from_config(config).train()
-    if args.checkpointing:
-        model.gradient_checkpointing_enable()
-    ids = torch.randint(0, config.vocab_size, (args.batch, args.seq_len))
-    return model, {"input_ids": ids, "labels": ids}
+
+def _check_writable(path: str) -> None:
+    existed = pathlib.Path(path).exists()
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as e:
+        raise UsageError(f"{path} can't be written: {e.strerror}") from e
+    if not existed:
+        pathlib.Path(path).unlink()
+
+
+def _write(path: str | None, text: str) -> None:
+    if path:
+        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+def _has_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 
 from mst_fx.backend import join_graphs
 from mst_fx.config import Config
+from mst_fx.inductor import fake_mode_of
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report, join_reports
 
@@ -17,7 +19,8 @@ from mst_fx.report import Report, join_reports
 def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
     """Return a function that runs ``fn`` once, traced and uncompiled, and reports on its graphs.
 
-    The calling convention is that of ``torch._dynamo.explain``.
+    The calling convention is that of ``torch._dynamo.explain``. A model whose parameters are fake tensors is traced
+    with these, and nothing is computed.
 
     Args:
         fn: A model or a function.
@@ -30,10 +33,17 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) ->
 
     def inner(*args: Any, **kwargs: Any) -> Report:
         found: list[Report] = []
+        mode = fake_mode_of([*(fn.parameters() if isinstance(fn, torch.nn.Module) else ()), *args, *kwargs.values()])
 
         def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             found.append(run_passes(gm, config)[1])
-            return gm.forward
+
+            def run(*inputs: Any) -> Any:
+                # Tensors a graph makes itself are fake too where its inputs are.
+                with mode or contextlib.nullcontext():
+                    return gm.forward(*inputs)
+
+            return run
 
         torch._dynamo.reset()
         join_graphs()

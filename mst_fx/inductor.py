@@ -50,9 +50,11 @@ __all__ = [
     "cpu_multiplies",
     "debug_folder",
     "fake_mode_of",
+    "fake_tensors",
     "finish_kernels",
     "kernels_at_once",
     "mode_options",
+    "option_names",
     "partition",
     "probe_cpu",
     "symbolic_inputs",
@@ -92,6 +94,16 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
 def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
     """Let composite ops run on symbolic sizes: torch 2.11's C++ ones ask for integers, which would fix the length."""
     return enable_python_dispatcher()
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a context in which tensors are made without memory; real constants may meet them."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def option_names() -> list[str]:
+    """Return the names of Inductor's options."""
+    return list(inductor_config.get_config_copy())
 
 
 def is_plain_fake(value: Any) -> bool:

@@ -33,8 +33,15 @@ PASSES: tuple[tuple[str, Callable[[Graph, Context], list[RegionReport]]], ...] =
 )
 
 
-def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report, list[LogitsSpec]]:
+def run_passes(
+    module: fx.GraphModule, config: Config, only: Collection[tuple[str, str]] | None = None
+) -> tuple[fx.GraphModule, Report, list[LogitsSpec]]:
     """Rewrite a copy of a Dynamo graph.
+
+    Args:
+        module: The graph.
+        config: The options.
+        only: The regions that may be rewritten, each as (``RegionReport.graph``, first of its ``nodes``); None for all.
 
     Returns:
         The rewritten graph (the given one where nothing was chunked), the report, and how to give back
@@ -53,6 +60,8 @@ def run_passes(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, 
     else:
         for graph in collect_graphs(rewritten):
             with graph.ambient():
+                if only is not None:
+                    context.allowed = frozenset(key for name, key in only if name == graph.name)
                 _run_on(graph, context)
     chunked = any(r.status == "chunked" for r in context.reports)
     before = copy_graph(module, KEPT)

@@ -1,0 +1,90 @@
+"""The comparison with plain and fp64, and the search for the region at fault."""
+
+import pytest
+import torch
+from torch import nn
+
+import mst_fx.ops as ops
+from mst_fx.check import Check, IncomparableError, check
+from mst_fx.models import enable_checkpointing
+from tests.models import Between, H, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
+
+OPTIONS = {"mst.chunk_tokens": 8}
+
+
+def run(model: nn.Module, inputs: dict, **kwargs) -> Check:
+    return check(model, (), inputs, options=OPTIONS, **kwargs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_healthy_llama_passes(checkpointing: bool) -> None:
+    model = hf("llama")
+    if checkpointing:
+        enable_checkpointing(model)
+    found = run(model, hf_inputs("llama"))
+    assert not found.failures, str(found)
+    assert len(found.report.chunked) == 3
+    names = {r.name for r in found.rows}
+    assert {"grad lm_head.weight", "output.loss", "output.logits", "all gradients"} <= names
+    assert "as near to fp64 as plain" in str(found)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_healthy_model_passes(dtype: torch.dtype) -> None:
+    found = run(LanguageModel(SwiGLU(), Between(nn.GELU())).to(dtype), token_inputs())
+    assert not found.failures, str(found)
+
+
+def test_inputs_that_require_a_gradient_are_compared_without_a_loss() -> None:
+    x = torch.randn(2, 23, H, requires_grad=True)
+    found = check(SwiGLU(), (x,), options=OPTIONS)
+    assert not found.failures
+    assert "grad input[0]" in {r.name for r in found.rows}
+    assert x.grad is None
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
+    """Make the chunk gradient of bodies with a weight of ``wide`` rows a little wrong."""
+    healthy = ops._take_chunk
+
+    def planted(found, plan, results, *rest):
+        if any(s.shape[:1] == (wide,) for s in found.shared):
+            results = [*results[:-1], results[-1] * 1.01]
+        healthy(found, plan, results, *rest)
+
+    monkeypatch.setattr(ops, "_take_chunk", planted)
+
+
+def test_planted_bug_is_found_and_its_region_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(SwiGLU(), Between(nn.GELU(), 80), Between(nn.ReLU(), 56))
+    plant(monkeypatch, 80)
+    found = run(model, token_inputs())
+    assert found.failures
+    assert found.culprit is not None
+    assert found.culprit.path == "blocks.1"
+    text = str(found)
+    assert "FAIL" in text
+    assert "first region whose rewrite moves a number: mlp blocks.1 (tests/models.py:" in text
+    worst = next(r for r in found.failures if r.index)
+    assert abs(worst.ours - worst.truth) > abs(worst.plain - worst.truth)
+    assert found.to_dict()["culprit"]["path"] == "blocks.1"
+
+
+def test_planted_bug_in_a_checkpointed_block_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf("llama")
+    enable_checkpointing(model)
+    plant(monkeypatch, 96)
+    found = run(model, hf_inputs("llama"))
+    assert found.culprit is not None
+    assert (found.culprit.path, found.culprit.graph) == ("model.layers.0.mlp", "wrap_body_0")
+
+
+def test_tolerance_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, 80)
+    assert not run(LanguageModel(Between(nn.GELU(), 80)), token_inputs(), tolerance=1.0).failures
+
+
+def test_random_numbers_are_refused() -> None:
+    with pytest.raises(IncomparableError, match="draws random numbers"):
+        run(LanguageModel(Between(nn.Dropout(0.5))), token_inputs())
