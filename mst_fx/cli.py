@@ -26,6 +26,7 @@ from mst_fx.models import (
     parse_pairs,
     short_traceback,
 )
+from mst_fx.page import check_writable
 from mst_fx.report import Report
 
 
@@ -147,7 +148,10 @@ def _report(args: argparse.Namespace) -> tuple[Report, Subject]:
     """Make the model and trace it; what can be wrong with the command line is found before."""
     for path in (args.out, getattr(args, "html", None)):
         if path:
-            _check_writable(path)
+            try:
+                check_writable(path)
+            except OSError as e:
+                raise UsageError(f"{path} can't be written: {os.strerror(e.errno or 0)}") from e
     options = parse_options(args.option)
     subject = build_model(
         ModelSpec(
@@ -170,17 +174,6 @@ def _check(args: argparse.Namespace, subject: Subject) -> Check:
         )  # fmt: skip
     except IncomparableError as e:
         raise UsageError(f"--check: {e}") from e
-
-
-def _check_writable(path: str) -> None:
-    existed = pathlib.Path(path).exists()
-    try:
-        with open(path, "a", encoding="utf-8"):
-            pass
-    except OSError as e:
-        raise UsageError(f"{path} can't be written: {e.strerror}") from e
-    if not existed:
-        pathlib.Path(path).unlink()
 
 
 def _write(path: str | None, text: str) -> None:

@@ -14,7 +14,7 @@ from torch import fx
 from mst_fx.graph_diff import fold_paths, short_name
 from mst_fx.plot import BOX, NoMatplotlibError, Point, forward_share, points, timeline_svg
 from mst_fx.printing import SHORT, node_line
-from mst_fx.render import advices, folded_regions, headline, plan_text, region_cells, short_source
+from mst_fx.render import advices, folded_regions, headline, memory, plan_text, region_cells, short_source
 from mst_fx.report import RegionReport, Report, format_bytes
 from mst_fx.side_by_side import Block, Row, Stretch, aligned_blocks
 
@@ -62,7 +62,7 @@ def page_text(report: Report) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    timelines, why_none = _timelines(report)
+    timelines, why_none = memory(report)
     figures = [_figure(data, number, *pair) for number, pair in enumerate(timelines)]
     return environment.get_template("report.html.j2").render(
         headline=headline(report),
@@ -157,17 +157,6 @@ def _group(data: _Data, group: list[RegionReport]) -> dict[str, Any]:
         "status": group[0].status,
         "region": data.region(group[0]),
     }
-
-
-def _timelines(report: Report) -> tuple[Sequence[tuple[Any, Any]], str]:
-    """Return timelines before and after per graph, or why there are none."""
-    compute = getattr(report, "timelines", None)
-    if compute is None:
-        return (), "this version of mst_fx does not analyse live bytes"
-    try:
-        return compute(), "" if report.graphs else "nothing was compiled"
-    except Exception as e:  # the rest of the page is worth having
-        return (), f"the analysis of live bytes failed: {type(e).__name__}: {e}"
 
 
 def _figure(data: _Data, number: int, before: Any, after: Any) -> dict[str, Any]:

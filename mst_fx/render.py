@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mst_fx.graph_diff import Hunk, Line, fold_paths, hunks
 from mst_fx.printing import SHORT
@@ -61,6 +62,31 @@ ADVICE = (
 )
 
 
+def memory(report: Report) -> tuple[Sequence[tuple[Any, Any]], str]:
+    """Return the timelines before and after per graph, or why there are none."""
+    try:
+        return report.timelines(), "" if report.graphs else "nothing was compiled"
+    except Exception as e:  # the rest of what is shown is worth having
+        return (), f"the analysis of live bytes failed: {type(e).__name__}: {e}"
+
+
+def _memory_lines(report: Report) -> list[str]:
+    timelines, why_none = memory(report)
+    lines = [f"  note: {why_none}"] if why_none else []
+    for number, (before, after) in enumerate(timelines):
+        graph = f"graph {number}: " if len(timelines) > 1 else ""
+        largest, peak, saved = (
+            [format_bytes(getattr(t, f"{name}_bytes")) for t in (before, after)]
+            for name in ("largest", "peak", "saved")
+        )
+        lines += [
+            f"{graph}largest value {largest[0]} {before.largest} -> {largest[1]} {after.largest}",
+            f"{graph}estimated peak over the start of a step {peak[0]} -> {peak[1]}, "
+            f"kept for the backward {saved[0]} -> {saved[1]}",
+        ]
+    return lines
+
+
 def text_diff(report: Report, backward: bool = False, colour: bool = False) -> str:
     """Return what the passes changed.
 
@@ -70,7 +96,8 @@ def text_diff(report: Report, backward: bool = False, colour: bool = False) -> s
         colour: Use terminal colours.
     """
     red, green, bold, dim, plain = (RED, GREEN, BOLD, DIM, PLAIN) if colour else ("",) * 5
-    lines = [f"{bold}{explain_text(report)}{plain}" if colour else explain_text(report)]
+    head, _, table = explain_text(report).partition("\n")
+    lines = [f"{bold}{head}{plain}", *_memory_lines(report), table]
     shown: set[str] = set()
     for hunk in hunks(report):
         lines += ["", f"{bold}{_title(hunk)}{plain}"]
