@@ -136,12 +136,14 @@ def _from_entry(spec: ModelSpec) -> Subject:
         except Exception as e:
             raise UsageError(f"--entry {name}: {function_name}() raised:\n{short_traceback(e)}") from e
     if not (isinstance(result, tuple) and len(result) == 2):
-        raise UsageError(f"--entry {name} must return (model, inputs), it returned {_describe(result)}")
+        raise UsageError(f"--entry {name} must return (model, inputs), got a value {_describe(result)}")
     model, inputs = result
     if not callable(model):
-        raise UsageError(f"--entry {name} must return (model, inputs), its model is {_describe(model)}: not callable")
+        raise UsageError(
+            f"--entry {name} must return (model, inputs), the model is a value {_describe(model)}, not callable"
+        )
     if not isinstance(inputs, (dict, tuple)):
-        raise UsageError(f"--entry {name}: the inputs must be a dict or a tuple, they are {_describe(inputs)}")
+        raise UsageError(f"--entry {name}: the inputs must be a dict or a tuple, got one {_describe(inputs)}")
     dtype = DTYPES[spec.dtype] if spec.dtype else None
     if isinstance(model, torch.nn.Module) and (dtype or spec.device):
         model = model.to(device=spec.device, dtype=dtype)
@@ -171,8 +173,8 @@ def _importing_from_here() -> Iterator[None]:
 
 def _describe(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    return "None" if value is None else f"of type {type(value).__name__}"
+        return f"that is a tuple of {len(value)}"
+    return "that is None" if value is None else f"of type {type(value).__name__}"
 
 
 def short_traceback(error: BaseException) -> str:
