@@ -384,7 +384,8 @@ def _body_bytes(graph: fx.GraphModule | None, rows: int) -> tuple[int, list[Any]
         for step in program.steps:
             values = _flat(step.node.meta["val"])
             step.writes = {k: _bytes(values[k.result], rows) for k in step.writes}
-        results = [n.meta["val"] for n in _flat(next(n for n in graph.graph.nodes if n.op == "output").args[0])]
+        output = next(n for n in graph.graph.nodes if n.op == "output")
+        results = [n.meta["val"] for n in output.args[0]]  # pyright: ignore
         peak = max((m.live_bytes for m in _simulate(program, {}, set(), set())), default=0)
         graph.meta[key] = peak, results
     return graph.meta[key]

@@ -90,7 +90,8 @@ import json, sys, torch, mst_fx
 from benchmarks.works import llama
 from mst_fx.measure import peak_over_start
 options = {"mst.chunk_tokens": 512}
-work = llama(seq_len=2048, layers=2, vocab=16000, checkpointing=sys.argv[1] == "True", dtype=torch.float32, device="cpu")
+sizes = {"seq_len": 2048, "layers": 2, "vocab": 16000}
+work = llama(**sizes, checkpointing=sys.argv[1] == "True", dtype=torch.float32, device="cpu")
 before, after = mst_fx.explain(work.module, options)(**work.inputs).timelines()[0]
 fn = torch.compile(work.module, **({"backend": "mst", "options": options} if sys.argv[2] == "True" else {}))
 for _ in range(2):
