@@ -343,7 +343,11 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
     for position, terms in plan.shared.items():
         spec = found.shared[position]
         gradient = math.prod(spec.shape) * spec.dtype.itemsize
-        copied = len(terms) > 1 or _sum_dtype(found, position) != spec.dtype or not _is_contiguous(terms[0], spec.shape)
+        copied = (
+            len(terms) > 1
+            or _sum_dtype(found, position) != spec.dtype
+            or not all(_is_contiguous(t, spec.shape) for t in terms)
+        )
         most = max(most, done + remaining + (gradient if copied else 0))
         remaining -= sum(sums[position])
         done += gradient
