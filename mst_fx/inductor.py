@@ -176,7 +176,9 @@ class _Apart(InductorChoices):
         super().__init__()
         self._calls: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
-    def can_fuse_horizontal(self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+    def can_fuse_horizontal(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
+    ) -> bool:
         """Refuse two nodes that read the same value with a call of an op between them."""
         calls = self._calls.get(scheduler)
         if calls is None:

@@ -343,7 +343,11 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
     for position, terms in plan.shared.items():
         spec = found.shared[position]
         gradient = math.prod(spec.shape) * spec.dtype.itemsize
-        copied = len(terms) > 1 or _sum_dtype(found, position) != spec.dtype or not _is_contiguous(terms[0], spec.shape)
+        copied = (
+            len(terms) > 1
+            or _sum_dtype(found, position) != spec.dtype
+            or not all(_is_contiguous(t, spec.shape) for t in terms)
+        )
         most = max(most, done + remaining + (gradient if copied else 0))
         remaining -= sum(sums[position])
         done += gradient
@@ -384,7 +388,8 @@ def _body_bytes(graph: fx.GraphModule | None, rows: int) -> tuple[int, list[Any]
         for step in program.steps:
             values = _flat(step.node.meta["val"])
             step.writes = {k: _bytes(values[k.result], rows) for k in step.writes}
-        results = [n.meta["val"] for n in _flat(next(n for n in graph.graph.nodes if n.op == "output").args[0])]
+        output = next(n for n in graph.graph.nodes if n.op == "output")
+        results = [n.meta["val"] for n in output.args[0]]  # pyright: ignore
         peak = max((m.live_bytes for m in _simulate(program, {}, set(), set())), default=0)
         graph.meta[key] = peak, results
     return graph.meta[key]

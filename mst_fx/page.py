@@ -14,7 +14,7 @@ from torch import fx
 from mst_fx.graph_diff import fold_paths, short_name
 from mst_fx.plot import BOX, NoMatplotlibError, Point, forward_share, points, timeline_svg
 from mst_fx.printing import SHORT, node_line
-from mst_fx.render import advices, folded_regions, headline, memory, plan_text, region_cells, short_source
+from mst_fx.render import advice_lines, folded_regions, headline, memory, plan_text, region_cells, short_source
 from mst_fx.report import RegionReport, Report, format_bytes
 from mst_fx.side_by_side import Block, Row, Stretch, aligned_blocks
 
@@ -69,7 +69,7 @@ def page_text(report: Report) -> str:
         columns=COLUMNS,
         groups=[_group(data, g) for g in folded_regions(report.regions)],
         notes=[short_source(n) for n in report.notes],
-        advice=advices(report),
+        advice=advice_lines(report),
         figures=figures,
         why_none=why_none,
         data={**data.encode(), "timelines": [f["data"] for f in figures]},

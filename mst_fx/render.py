@@ -34,12 +34,12 @@ def explain_text(report: Report) -> str:
             lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
             lines += [f"      {reason}"] if reason else []
     lines += [f"  note: {short_source(n)}" for n in report.notes]
-    if advice := advices(report):
+    if advice := advice_lines(report):
         lines += ["what you can do:", *(f"  - {a}" for a in advice)]
     return "\n".join(lines)
 
 
-def advices(report: Report) -> list[str]:
+def advice_lines(report: Report) -> list[str]:
     """Return what a user can do about the skipped regions, each once."""
     return list(dict.fromkeys(a for r in report.regions if r.status == "skipped" and (a := advise(r.reason))))
 
