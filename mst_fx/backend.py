@@ -89,13 +89,17 @@ def _compile(
 
 def _publish(report: Report, number: int) -> None:
     """Put a report where torch puts its own: the structured trace, and the debug folder."""
+
+    def diff() -> str:
+        return report.diff(backward=True, estimate=False)
+
     inductor.trace_artifact("mst_report", lambda: str(report))
-    inductor.trace_artifact("mst_diff", lambda: report.diff(backward=True))
+    inductor.trace_artifact("mst_diff", diff)
     folder = inductor.debug_folder()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"report_{number}.txt").write_text(str(report))
-        (folder / f"diff_{number}.txt").write_text(report.diff(backward=True))
+        (folder / f"diff_{number}.txt").write_text(diff())
 
 
 def check_torch() -> None:

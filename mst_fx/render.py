@@ -87,17 +87,18 @@ def _memory_lines(report: Report) -> list[str]:
     return lines
 
 
-def text_diff(report: Report, backward: bool = False, colour: bool = False) -> str:
+def text_diff(report: Report, backward: bool = False, colour: bool = False, estimate: bool = True) -> str:
     """Return what the passes changed.
 
     Args:
         report: From ``explain`` or ``reports``.
         backward: Print the backward of every body too.
         colour: Use terminal colours.
+        estimate: Say what memory a step takes before and after, for which the graphs are traced once more.
     """
     red, green, bold, dim, plain = (RED, GREEN, BOLD, DIM, PLAIN) if colour else ("",) * 5
     head, _, table = explain_text(report).partition("\n")
-    lines = [f"{bold}{head}{plain}", *_memory_lines(report), table]
+    lines = [f"{bold}{head}{plain}", *(_memory_lines(report) if estimate else []), table]
     shown: set[str] = set()
     for hunk in hunks(report):
         lines += ["", f"{bold}{_title(hunk)}{plain}"]

@@ -116,16 +116,17 @@ class Report:
             _TIMELINES[self] = tuple(found)
         return _TIMELINES[self]
 
-    def diff(self, backward: bool = False, colour: bool = False) -> str:
+    def diff(self, backward: bool = False, colour: bool = False, estimate: bool = True) -> str:
         """Return the text diff of the graphs before and after, chunk bodies under what they replace.
 
         Args:
             backward: Print the backward of every body too.
             colour: Use terminal colours.
+            estimate: Say what memory a step takes before and after, for which the graphs are traced once more.
         """
         from mst_fx.render import text_diff
 
-        return text_diff(self, backward, colour)
+        return text_diff(self, backward, colour, estimate)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data that ``json`` can write."""
