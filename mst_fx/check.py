@@ -8,13 +8,16 @@ Terms:
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from mst_fx.backend import compile_chunked
@@ -23,6 +26,8 @@ from mst_fx.graph_diff import fold_paths
 from mst_fx.inductor import compile_graph
 from mst_fx.render import short_source
 from mst_fx.report import RegionReport, Report, join_reports
+
+log = logging.getLogger(__name__)
 
 SEED = 0
 SLACK = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
@@ -96,6 +101,7 @@ def check(
     options: Mapping[str, Any] | None = None,
     compiler: str = "aot_eager",
     tolerance: float | None = None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Check:
     """Run a model plain, rewritten and in fp64 on the same inputs and compare outputs and gradients.
 
@@ -106,9 +112,10 @@ def check(
         options: As for ``torch.compile``.
         compiler: What compiles plain and ours: "aot_eager" or "inductor".
         tolerance: How much larger our relative error may be than plain's; None for a bound by dtype.
+        progress: Called with a few words before each run.
 
     Raises:
-        IncomparableError: If the model draws random numbers.
+        IncomparableError: If the model draws random numbers, is a function around a module, or can't run in fp64.
         OptionError: On a bad option.
 
     Memory:
@@ -119,19 +126,87 @@ def check(
     low = min((v.dtype for v in call.floating()), key=lambda d: -torch.finfo(d).eps, default=torch.float32)
     slack = SLACK.get(low, 4e-3) if tolerance is None else tolerance
     factor = 1.5 if low.itemsize < 4 else 1.0
-    truth = call.doubled().run(None)
-    plain = call.run(lambda gm, inputs: compile_graph(gm, inputs, compiler, dict(config.inductor), False))
+    progress("running it in fp64")
+    truth = _run_truth(call)
+    progress("running it plain")
+    plain = _run_plain(call, config)
+    progress("running it rewritten")
     ours, report = _run_ours(call, config, None)
     rows = _compare(truth, plain, ours, slack, factor)
     found = Check(rows, report, compiler, slack)
     if not found.failures:
         return found
-    for region in report.chunked:
+    for i, region in enumerate(report.chunked):
+        progress(f"worse than plain; rewriting region {i + 1} of {len(report.chunked)} alone")
         alone, _ = _run_ours(call, config, [region])
         moved = tuple(r for r in _compare(truth, plain, alone, slack, factor) if r.failed)
         if moved:
             return Check(rows, report, compiler, slack, region, moved)
     return found
+
+
+def _run_truth(call: _Call) -> Values:
+    try:
+        return call.doubled().run(None)
+    except IncomparableError:
+        raise
+    except Exception:
+        log.debug("the model casts to a lower precision inside; run again with these casts giving fp64", exc_info=True)
+    try:
+        with _in_double():
+            return call.doubled().run(None)
+    except IncomparableError:
+        raise
+    except Exception as e:
+        first = (str(e).splitlines() or [""])[0]
+        raise IncomparableError(f"the model does not run in fp64 ({type(e).__name__}: {first})") from e
+
+
+class _CastsToDouble(TorchFunctionMode):
+    """Let casts to a lower precision inside a model give fp64: a weight in double can't meet ``x.float()``.
+
+    Recomputation of checkpointed blocks runs outside of any mode, so it is for models that need it alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("float", "half", "bfloat16"):
+            return func(*args, **(kwargs or {})).double() if not args[0].is_floating_point() else args[0].double()
+        if name == "view":  # view(dtype) reads the same bits
+            return func(*args, **(kwargs or {}))
+        wide = {k: _double(v) for k, v in (kwargs or {}).items()}
+        return func(*map(_double, args), **wide)
+
+
+def _double(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in SLACK else value
+
+
+@contextlib.contextmanager
+def _in_double() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _CastsToDouble():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _run_plain(call: _Call, config: Config) -> Values:
+    hidden: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        hidden.extend(isinstance(i, torch.nn.Parameter) for i in inputs)
+        return compile_graph(gm, inputs, config.compiler, dict(config.inductor), False)
+
+    values = call.run(backend)
+    if any(hidden) and not isinstance(call.model, torch.nn.Module):
+        raise IncomparableError(
+            "the model is a function that holds parameters of its own, whose gradients and fp64 copy are out of "
+            "reach. Give the nn.Module itself, or one whose forward does what the function does"
+        )
+    return values
 
 
 def _run_ours(call: _Call, config: Config, chosen: Collection[RegionReport] | None) -> tuple[Values, Report]:
@@ -175,10 +250,10 @@ class _Call:
         for parameter in self._parameters().values():
             parameter.grad = None
         torch.manual_seed(SEED)
-        state = torch.get_rng_state()
+        state = _random_states()
         try:
             outputs = _named(fn(*args, **kwargs), "output")
-            if backend is None and not torch.equal(state, torch.get_rng_state()):
+            if backend is None and not all(map(torch.equal, state, _random_states())):
                 raise IncomparableError(
                     "the model draws random numbers (dropout?): plain and rewritten draw them in another order, so "
                     "their runs are not comparable. Switch them off, e.g. --set attention_dropout=0, or model.eval()"
@@ -201,6 +276,10 @@ class _Call:
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_buffers()) if isinstance(self.model, torch.nn.Module) else {}
+
+
+def _random_states() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
 def _fresh(inputs: Any, dtype: torch.dtype | None) -> Any:

@@ -153,12 +153,14 @@ def _report(args: argparse.Namespace) -> tuple[Report, Subject]:
             except OSError as e:
                 raise UsageError(f"{path} can't be written: {os.strerror(e.errno or 0)}") from e
     options = parse_options(args.option)
+    _progress("making the model")
     subject = build_model(
         ModelSpec(
             args.entry, args.hf, parse_pairs(args.set), args.batch, args.seq_len, args.dtype, args.device,
             args.checkpointing, args.fake,
         )
     )  # fmt: skip
+    _progress("tracing it")
     try:
         return explain(subject.model, options)(*subject.args, **subject.kwargs), subject
     except Exception as e:
@@ -170,10 +172,15 @@ def _check(args: argparse.Namespace, subject: Subject) -> Check:
     try:
         return check(
             subject.model, subject.args, subject.kwargs,
-            options=options, compiler=args.compiler or "aot_eager", tolerance=args.tolerance,
+            options=options, compiler=args.compiler or "aot_eager", tolerance=args.tolerance, progress=_progress,
         )  # fmt: skip
     except IncomparableError as e:
         raise UsageError(f"--check: {e}") from e
+
+
+def _progress(message: str) -> None:
+    if sys.stderr.isatty():
+        print(f"mst-fx: {message}", file=sys.stderr, flush=True)
 
 
 def _write(path: str | None, text: str) -> None:

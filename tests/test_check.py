@@ -88,3 +88,40 @@ def test_tolerance_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_random_numbers_are_refused() -> None:
     with pytest.raises(IncomparableError, match="draws random numbers"):
         run(LanguageModel(Between(nn.Dropout(0.5))), token_inputs())
+
+
+def test_a_function_around_a_module_is_refused() -> None:
+    model = LanguageModel(SwiGLU())
+    with pytest.raises(IncomparableError, match=r"Give the nn\.Module itself"):
+        check(lambda ids, labels: model(ids, labels), (), token_inputs(), options=OPTIONS)
+
+
+def test_casts_to_fp32_inside_the_model_are_fp64_in_the_truth() -> None:
+    class Widened(LanguageModel):
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids).float()
+            x = x + self.blocks[0](x.to(torch.float32)) * torch.ones(())
+            logits = self.head(self.norm(x).to(dtype=torch.float32))
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    found = run(Widened(SwiGLU()), token_inputs())
+    assert not found.failures, str(found)
+    assert next(r.plain_error for r in found.rows if r.name == "grad head.weight") > 0
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_model_that_cannot_run_in_fp64_is_refused() -> None:
+    class Picky(SwiGLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.dtype is not torch.float32:
+                raise TypeError("fp32 only")
+            return super().forward(x)
+
+    with pytest.raises(IncomparableError, match=r"does not run in fp64 .TypeError: fp32 only"):
+        check(Picky(), (torch.randn(2, 23, H),), options=OPTIONS)
+
+
+def test_progress_is_told() -> None:
+    told: list[str] = []
+    run(LanguageModel(SwiGLU()), token_inputs(), progress=told.append)
+    assert told == ["running it in fp64", "running it plain", "running it rewritten"]
