@@ -59,8 +59,8 @@ def build_model(spec: ModelSpec) -> Subject:
     Raises:
         UsageError: If the model can't be made; the message says which part of the command line is to blame.
     """
-    if spec.device and not spec.fake:
-        _check_device(spec.device)
+    if spec.device:
+        _check_device(spec)
     with fake_tensors() if spec.fake else contextlib.nullcontext():
         return _from_entry(spec) if spec.entry else _from_hf(spec)
 
@@ -102,11 +102,13 @@ def parse_options(items: list[str]) -> dict[str, Any]:
     return options
 
 
-def _check_device(device: str) -> None:
+def _check_device(spec: ModelSpec) -> None:
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=spec.device)
     except Exception as e:
-        raise UsageError(f"--device {device} can't be used: {str(e).splitlines()[0]}") from e
+        # Random initialization is not faked for a device that this torch is built without.
+        advice = "; with --fake leave it out: shapes and bytes are the same" if spec.fake else ""
+        raise UsageError(f"--device {spec.device} can't be used{advice} ({str(e).splitlines()[0]})") from e
 
 
 # -- a function of the user's ------------------------------------------------------------------------

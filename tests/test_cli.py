@@ -124,6 +124,7 @@ BAD = {
     "option": ([*ENTRY, "--option", "chunk_token=8"], "Did you mean 'chunk_tokens'"),
     "option value": ([*ENTRY, "--option", "chunk_tokens=0"], "use 'auto' or an int"),
     "device": (["--hf", "llama", "--device", "nowhere"], "--device nowhere can't be used"),
+    "fake device": (["--hf", "llama", "--device", "nowhere", "--fake"], "with --fake leave it out"),
     "out": ([*ENTRY, "--out", "/no/such/folder/x"], "can't be written: No such file"),
 }
 
