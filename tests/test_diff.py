@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
+from mst_fx import cli
 from mst_fx.graph_diff import fold_paths, hunks
 from mst_fx.render import short_source
 from tests.models import NEAR_MISSES, LanguageModel, NanoBlock, SwiGLU, hf, hf_inputs, token_inputs
@@ -39,6 +40,15 @@ def explain(model: nn.Module, inputs: dict) -> mst_fx.Report:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_transformers_model(name: str) -> None:
     check_golden(name, explain(hf(name), hf_inputs(name)).diff())
+
+
+@pytest.mark.slow
+def test_32_layers_with_fake_tensors(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
+             "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
+    arguments = [f"--set={k}={v}" for k, v in sizes.items()]
+    assert cli.main(["diff", "--hf", "llama", "--fake", "--dtype=bfloat16", "--seq-len=65536", *arguments]) == 0
+    check_golden("llama-32-layers", capsys.readouterr().out)
 
 
 def test_checkpointed_layers_are_folded_too() -> None:
