@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     sizes = dict(pair.split("=", 1) for pair in args.set)
     shapes = {k: json.loads(v) for k, v in sizes.items()}
-    options = {k: _value(v) for k, v in (pair.split("=", 1) for pair in args.option)}
+    options = {k: parse_value(v) for k, v in (pair.split("=", 1) for pair in args.option)}
     common = {"dtype": getattr(torch, args.dtype), "device": args.device}
     work = WORKS[args.work](**shapes, **common)
     fn = compiled(work, args.system, options)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
