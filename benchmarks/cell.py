@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
+    """Read a number or a word from the command line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -165,6 +165,11 @@ def figures() -> list[Figure]:
             sizes = ", ".join(f"{k} {v}" for k, v in rows["mst"][0]["shapes"].items() if k != "checkpointing")
             work = f"{name} ({sizes})" if sizes else name
             found.append((work, f"{plain / unit:.1f} -> {ours / unit:.1f} {symbol}", title, ours / plain, limit))
+    for name, limit in (("interleaved-llama", 1.00), ("interleaved-llama-checkpointing", 1.03)):
+        if row := load(name):
+            plain, ours = (statistics.median(row["steps_s"][s]) for s in ("inductor", "mst"))
+            work = f"{name.removeprefix('interleaved-').replace('-', ', ')}, step by step by turns"
+            found.append((work, f"{plain:.1f} -> {ours:.1f} s", "step time", ours / plain, limit))
     if rows := load("slope"):
         plain, ours = (
             (r[1]["peak_bytes"] - r[0]["peak_bytes"]) / (8192 - 2048) for r in (rows["inductor"], rows["mst"])
@@ -216,6 +221,10 @@ def main() -> None:
             if name.split(",")[0].split()[0] in wanted:
                 extra = ["--steps", str(args.steps), *(SMALL.get(name, []) if args.small else [])]
                 compare(name, args.rounds, extra, progress)
+        if "llama" in wanted:
+            for extra in ([], CHECKPOINTING):
+                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.interleaved", "llama", *extra, *CHUNK]
+                subprocess.run(command, check=True, capture_output=True)
         if "slope" in wanted:
             slope(progress)
         if "lengths" in wanted:

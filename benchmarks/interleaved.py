@@ -13,7 +13,7 @@ import statistics
 
 import torch
 
-from benchmarks.cell import parse_value, compiled, timed_step
+from benchmarks.cell import compiled, parse_value, timed_step
 from benchmarks.figures import RESULTS
 from benchmarks.works import WORKS
 
