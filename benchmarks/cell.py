@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.works import WORKS, Work
 from mst_fx.measure import peak_over_start
+from mst_fx.models import parse_pairs
 
 
 def compiled(work: Work, system: str, options: dict[str, Any]) -> Any:
@@ -46,9 +47,7 @@ def timed_step(work: Work, fn: Any, device: str) -> tuple[float, float]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the cell and return its row."""
     torch.manual_seed(0)
-    sizes = dict(pair.split("=", 1) for pair in args.set)
-    shapes = {k: json.loads(v) for k, v in sizes.items()}
-    options = {k: parse_value(v) for k, v in (pair.split("=", 1) for pair in args.option)}
+    shapes, options = parse_pairs(args.set), parse_pairs(args.option)
     common = {"dtype": getattr(torch, args.dtype), "device": args.device}
     work = WORKS[args.work](**shapes, **common)
     fn = compiled(work, args.system, options)
@@ -66,14 +65,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "first_s": first, "step_s": statistics.median(times), "steps_s": times, "peak_bytes": peak,
         "compiles": torch._dynamo.utils.counters["stats"]["unique_graphs"], "versions": versions,
     }  # fmt: skip
-
-
-def parse_value(text: str) -> Any:
-    """Read a number or a word from the command line."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def main() -> None:

@@ -8,14 +8,14 @@ For times only; memory and the first step need processes of their own (``benchma
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 
 import torch
 
-from benchmarks.cell import compiled, parse_value, timed_step
-from benchmarks.figures import RESULTS
+from benchmarks.cell import compiled, timed_step
+from benchmarks.figures import save
 from benchmarks.works import WORKS
+from mst_fx.models import parse_pairs
 
 
 def main() -> None:
@@ -28,8 +28,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SIZE=N")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
-    shapes = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
-    options = {k: parse_value(v) for k, v in (pair.split("=", 1) for pair in args.option)}
+    shapes, options = parse_pairs(args.set), parse_pairs(args.option)
     work = WORKS[args.work](**shapes, dtype=getattr(torch, args.dtype), device=args.device)
     functions = {system: compiled(work, system, options) for system in ("inductor", "mst")}
     times: dict[str, list[float]] = {system: [] for system in functions}
@@ -43,8 +42,7 @@ def main() -> None:
     ratios = [b / a for a, b in zip(*times.values(), strict=True)]
     row = {"work": args.work, "shapes": shapes, "options": options, "dtype": args.dtype, "torch": torch.__version__,
            "steps_s": times, "ratio_of_medians": ours / plain, "median_ratio": statistics.median(ratios)}  # fmt: skip
-    name = "-".join(["interleaved", args.work, *(k for k, v in shapes.items() if v is True)])
-    (RESULTS / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+    save("-".join(["interleaved", args.work, *(k for k, v in shapes.items() if v is True)]), row)
     print(f"step time {plain:.2f} -> {ours:.2f} s, ratio of medians {ours / plain:.2f}, "
           f"median of paired ratios {statistics.median(ratios):.2f}")  # fmt: skip
 

@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from mst_fx.models import (
     parse_pairs,
     short_traceback,
 )
-from mst_fx.page import check_writable
+from mst_fx.page import check_writable, page_text
 from mst_fx.report import Report
 
 
@@ -127,10 +126,7 @@ def _diff(args: argparse.Namespace) -> int:
         data = {**report.to_dict(), "hunks": [_hunk(h) for h in hunks(report)]}
         text = json.dumps({**data, "check": checked.to_dict()} if checked else data, indent=1)
     elif args.format == "html":
-        with tempfile.TemporaryDirectory() as folder:
-            page = pathlib.Path(folder) / "page.html"
-            report.to_html(page)
-            text = page.read_text(encoding="utf-8")
+        text = page_text(report)
     else:
         text = report.diff(args.backward, colour=not args.out and _has_colour())
         text = f"{text}\n\n{checked}" if checked else text

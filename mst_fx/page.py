@@ -32,8 +32,7 @@ def write_page(report: Report, path: str | pathlib.Path) -> None:
         OSError: If the file can't be written; before anything else is done.
     """
     check_writable(path)
-    # A name may hold half a surrogate pair, which UTF-8 has no place for.
-    pathlib.Path(path).write_text(page_text(report), encoding="utf-8", errors="replace")
+    pathlib.Path(path).write_text(page_text(report), encoding="utf-8")
 
 
 def check_writable(path: str | pathlib.Path) -> None:
@@ -64,7 +63,7 @@ def page_text(report: Report) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     timelines, why_none = memory(report)
     figures = [_figure(data, number, *pair) for number, pair in enumerate(timelines)]
-    return environment.get_template("report.html.j2").render(
+    text = environment.get_template("report.html.j2").render(
         headline=headline(report),
         columns=COLUMNS,
         groups=[_group(data, g) for g in folded_regions(report.regions)],
@@ -76,6 +75,8 @@ def page_text(report: Report) -> str:
         style=Markup((folder / "report.css").read_text("utf-8")),
         script=Markup((folder / "report.js").read_text("utf-8")),
     )
+    # A name may hold half a surrogate pair, which UTF-8 has no place for.
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 class _Data:

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,32 +16,13 @@ from torch import fx
 
 import mst_fx
 from mst_fx import page as page_module
+from mst_fx.liveness import Moment, Timeline
 from mst_fx.report import BodyCode, GraphPair, RegionReport, Report
 from mst_fx.side_by_side import aligned_blocks, aligned_rows
 from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028{{ 7 * 7 }}&\"'"
-
-
-@dataclass(frozen=True)
-class Moment:
-    phase: str
-    name: str
-    text: str
-    source: str
-    path: str
-    live_bytes: int
-
-
-@dataclass(frozen=True)
-class Timeline:
-    moments: tuple[Moment, ...]
-    saved_bytes: int
-    peak_bytes: int
-    peak: Moment | None
-    largest_bytes: int
-    largest: str
 
 
 def timeline(scale: int, count: int = 2000, text: str = "mul: float32[4] = mul(a, b)") -> Timeline:

@@ -1,0 +1,117 @@
+"""Layout: views, transposes, slices, splits, joins."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten, feature_shape, is_one, same_size, view_kinds
+from mst_fx.rules.registry import only_row, op_name, rule, without
+
+
+@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.squeeze, aten.unsqueeze)
+def _view(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    if len(args) > 1 and isinstance(args[1], torch.dtype):
+        raise MixesTokensError("reinterprets the bytes of a value")
+    new = outs[0].shape
+    kinds = view_kinds(args[0].shape, x.kinds, new)
+    return [Row(kinds, b.reshaped(x, args[0].shape, feature_shape(new, kinds)))]
+
+
+@rule(aten.permute, aten.transpose, aten.t)
+def _permute(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    n = len(x.kinds)
+    if func.overloadpacket is aten.permute:
+        order = [d % n for d in args[1]]
+    else:
+        order = list(range(n))
+        i, j = (args[1] % n, args[2] % n) if func.overloadpacket is aten.transpose else (0, n - 1)
+        order[i], order[j] = order[j], order[i]
+    tokens = [d for d in order if x.kinds[d] and not is_one(args[0].shape[d])]
+    if tokens != sorted(tokens):
+        raise MixesTokensError("reorders tokens")
+    features = [d for d in order if not x.kinds[d]]
+    kinds = tuple(x.kinds[d] for d in order)
+    if features == sorted(features):
+        return [Row(kinds, x.node)]
+    return [Row(kinds, b.emit(aten.permute.default, x.node, [0, *(x.feature_dim(d) for d in features)]))]
+
+
+@rule(aten.expand)
+def _expand(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    lead = outs[0].ndim - args[0].ndim
+    kinds = (False,) * lead + x.kinds
+    for d, size in enumerate(args[0].shape):
+        if x.kinds[d] and not same_size(size, outs[0].shape[d + lead]):
+            raise MixesTokensError("repeats tokens")
+    features = feature_shape(outs[0].shape, kinds)
+    if not all(isinstance(s, int) for s in features):
+        raise MixesTokensError("repeats tokens")
+    own = feature_shape(args[0].shape, x.kinds)
+    rows = b.emit(aten.reshape.default, x.node, [-1, *[1] * lead, *own]) if lead else x.node
+    return [Row(kinds, b.emit(aten.expand.default, rows, [-1, *features]))]
+
+
+@rule(aten.slice)
+def _slice(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    dim = (args[1] if len(args) > 1 else 0) % args[0].ndim
+    if same_size(args[0].shape[dim], outs[0].shape[dim]) and (len(args) < 5 or args[4] == 1):
+        return [x]
+    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(dim), *args[2:]))]
+
+
+@rule(aten.select)
+def _select(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    dim = args[1] % args[0].ndim
+    kinds = without(x.kinds, dim)
+    if x.kinds[dim] and is_one(args[0].shape[dim]):
+        return [Row(kinds, x.node)]
+    return [Row(kinds, b.emit(func, x.node, x.feature_dim(dim), args[2]))]
+
+
+@rule(aten.split, aten.split_with_sizes, aten.unbind, aten.chunk, aten.unsafe_split, aten.unsafe_chunk)
+def _split(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    at = 1 if func.overloadpacket is aten.unbind else 2
+    dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % args[0].ndim
+    rest = () if at == 1 else (args[1],)
+    node = b.emit(func, x.node, *rest, x.feature_dim(dim))
+    kinds = without(x.kinds, dim) if at == 1 else x.kinds
+    return [Row(kinds, b.emit(operator.getitem, node, i)) for i in range(len(outs))]
+
+
+@rule(aten.cat)
+def _cat(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    tensors = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % outs[0].ndim
+    first = next(r for t in tensors if (r := b.row(t)))
+    nodes = []
+    for t in tensors:
+        found = b.row(t)
+        if found is None and not isinstance(b.lookup(t), Shared):
+            found = b.chunked(t, first.kinds)
+        if found is None or found.kinds != first.kinds:
+            raise MixesTokensError("joins values whose tokens do not line up")
+        nodes.append(found.node)
+    return [Row(first.kinds, b.emit(aten.cat.default, nodes, first.feature_dim(dim)))]
+
+
+@rule(aten.flip, aten.roll)
+def _flip(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    raise MixesTokensError(f"{op_name(func)} moves tokens")
+
+
+@rule(aten.constant_pad_nd)
+def _pad(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    if any(x.kinds[-(len(args[1]) // 2) :]):
+        raise MixesTokensError("pads along a token dimension")
+    return [Row(x.kinds, b.emit(func, x.node, *args[1:], **kwargs))]
