@@ -19,10 +19,10 @@ from torch import fx
 from mst_fx.body import Body, InputSpec
 from mst_fx.graph import fake_tensor, walking
 from mst_fx.losses import LossCall, is_loss, per_token_loss, read_loss
+from mst_fx.recorder import run_node
 from mst_fx.region import Region, bind_results, projection_input
 from mst_fx.report import Mismatch
 from mst_fx.rows import LiveIn, MixesTokensError, Row, RowBuilder, aten, concrete, feature_shape, numel, same_size
-from mst_fx.tokenwise import run_node
 
 _VIEWS = {aten.permute.default, aten.view.default, aten.reshape.default, aten.t.default, aten.select.int,
           aten.transpose.int, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor}  # fmt: skip

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mst_fx.recorder import recording
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, is_one
-from mst_fx.tokenwise import recording
 
 Reduction = Literal["none", "sum", "mean"]
 _SIGNATURES = {F.cross_entropy: inspect.signature(F.cross_entropy), F.nll_loss: inspect.signature(F.nll_loss)}

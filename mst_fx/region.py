@@ -7,7 +7,7 @@ Terms:
     region: amplifiers, what is between, and terminals. Amplifiers whose wide values meet share a region.
     leaving: a wide value read by something that is not token-wise, or returned.
 
-The walk knows for every wide value which of its dimensions are tokens; ``tokenwise`` decides for the next
+The walk knows for every wide value which of its dimensions are tokens; ``recorder`` decides for the next
 node. What a region reads from outside (hidden states, residuals, labels, masks) is found when it is lifted.
 """
 
@@ -24,9 +24,9 @@ from torch import fx
 from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, source_of, walking
 from mst_fx.inductor import is_plain_fake
 from mst_fx.losses import is_loss, per_token_loss, read_loss
+from mst_fx.recorder import run_node
 from mst_fx.report import Mismatch
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, feature_shape
-from mst_fx.tokenwise import run_node
 
 AMPLIFICATION = 1.25
 """Least ratio of output to input features that makes a projection an amplifier."""
