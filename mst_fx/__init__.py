@@ -14,9 +14,10 @@ from mst_fx.report import Report as Report
 
 if TYPE_CHECKING:
     from mst_fx.dry_run import explain as explain
+    from mst_fx.promise import tokenwise as tokenwise
 
 __version__ = version("mst_fx")
-__all__ = ["RegionReport", "Report", "__version__", "explain", "reports"]
+__all__ = ["RegionReport", "Report", "__version__", "explain", "reports", "tokenwise"]
 
 
 def reports() -> list[Report]:
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from mst_fx.dry_run import explain
 
         return explain
+    if name == "tokenwise":
+        from mst_fx.promise import tokenwise
+
+        return tokenwise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

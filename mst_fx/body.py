@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -39,11 +39,24 @@ class InputSpec:
     needs_grad: bool = False
 
 
+class RowFunction(Protocol):
+    """A function of a body's inputs that returns its outputs; a graph in row form is one."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Compute the outputs."""
+        ...
+
+    @property
+    def code(self) -> str:
+        """What distinguishes it from any other."""
+        ...
+
+
 @dataclass(frozen=True)
 class Body:
-    """A region lifted out: its row-form graph and what goes in."""
+    """A region lifted out: its row form, a graph as a rule, and what goes in."""
 
-    graph: fx.GraphModule
+    graph: RowFunction
     chunked: tuple[InputSpec, ...]
     shared: tuple[InputSpec, ...]
     has_seed: bool

@@ -106,7 +106,7 @@ def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
         for value in _tensors(fake(node)):
             numel = size_hint(value.numel())
             seen[value.untyped_storage()._cdata] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
-    return sum(seen.values())
+    return sum(seen.values()) + region.row_bytes
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

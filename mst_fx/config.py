@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch._dynamo.exc import ShortenTraceback
 
-PASS_NAMES = ("normalize", "chunk_loss", "chunk_mlp")
+PASS_NAMES = ("normalize", "chunk_loss", "chunk_tokenwise", "chunk_mlp")
 
 
 # NOTE [errors through Dynamo] Dynamo wraps what a backend raises in BackendCompilerFailed, which is
@@ -47,6 +47,8 @@ class Config:
     """What compiles the rewritten graph and the chunk bodies."""
     strict: bool = False
     """Raise when a graph that trains a loss ends with nothing chunked."""
+    verify_tokenwise: bool = False
+    """Try every ``mst_fx.tokenwise`` on random data when it is compiled, and raise where it is not true."""
     inductor: tuple[tuple[str, Any], ...] = field(default=())
     """Inductor's own options, ``mode`` expanded among them, sorted by key."""
 
@@ -109,7 +111,7 @@ def _check_disable(key: str, value: Any) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _check_strict(key: str, value: Any) -> bool:
+def _check_bool(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{key}={value!r} is not valid; use True or False.")
     return value
@@ -122,5 +124,6 @@ _CHECKS: dict[str, Any] = {
     "loss_gradient": _choice("auto", "forward", "recompute"),
     "accumulate": _choice("float32", "parameter"),
     "compiler": _choice("inductor", "aot_eager"),
-    "strict": _check_strict,
+    "strict": _check_bool,
+    "verify_tokenwise": _check_bool,
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +71,30 @@ def _leave(opened: dict[Any, Any], node: Any) -> None:
     mode = opened.pop(node, None)
     if mode is not None:
         _EXIT(mode)
+
+
+def autocast_now() -> Callable[[], AbstractContextManager[Any]]:
+    """Return a factory of contexts that restore the autocast state of this moment."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    states = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
+
+    @contextmanager
+    def restored() -> Any:
+        with ExitStack() as stack:
+            for kind, dtype, enabled in states:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            yield
+
+    return restored
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Run what is inside without autocast, on whatever device."""
+    with ExitStack() as stack:
+        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def is_in_place(node: fx.Node) -> bool:

@@ -42,7 +42,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
     "compile_body",
@@ -60,6 +60,7 @@ __all__ = [
     "symbolic_inputs",
     "symbolic_sizes",
     "trace_artifact",
+    "without_modes",
 ]
 
 MINIMUM_TORCH = (2, 11)
@@ -99,6 +100,11 @@ def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
 def fake_tensors() -> FakeTensorMode:
     """Return a context in which tensors are made without memory; real constants may meet them."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which tensors are real, whatever is being traced around it."""
+    return _disable_current_modes()
 
 
 def option_names() -> list[str]:

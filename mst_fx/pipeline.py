@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
-from mst_fx.graph import CHECKPOINT, fake, fake_tensor, walking
+from mst_fx.graph import CHECKPOINT, autocast_now, fake, fake_tensor, walking
 from mst_fx.inductor import fake_mode_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
+from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
 from mst_fx.passes.normalize import normalize
 from mst_fx.report import GraphPair, RegionReport, Report
 from mst_fx.verify import snapshot, verify
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 PASSES: tuple[tuple[str, Callable[[Graph, Context], list[RegionReport]]], ...] = (
     ("normalize", normalize),
     ("chunk_loss", chunk_loss),
+    ("chunk_tokenwise", chunk_tokenwise),
     ("chunk_mlp", chunk_mlp),
 )
 
@@ -65,7 +66,7 @@ def run_passes(
                 _run_on(graph, context)
     chunked = any(r.status == "chunked" for r in context.reports)
     before = copy_graph(module, KEPT)
-    before.meta["mst_ambient"] = _autocast_now()  # autocast around the compiled function is not in its graph
+    before.meta["mst_ambient"] = autocast_now()  # autocast around the compiled function is not in its graph
     after = copy_graph(rewritten, KEPT) if chunked else before
     after.meta["mst_ambient"] = before.meta["mst_ambient"]
     report = Report(tuple(context.reports), tuple(notes), tuple(context.bodies.values()), (GraphPair(before, after),))
@@ -142,23 +143,8 @@ def _collect(
                         holder.meta["example_value"] = fake(value)
                 passed = {h: v for h, v in zip(holders, node.args[1:], strict=False) if isinstance(v, fx.Node)}
                 inner_name = f"{name}.{target}" if name else target
-                _collect(inner, inner_name, {**outer, **passed}, _autocast_now(), True, found)
+                _collect(inner, inner_name, {**outer, **passed}, autocast_now(), True, found)
     found.append(Graph(module, name, outer, ambient, checkpointed))
-
-
-def _autocast_now() -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Return a factory of contexts that restore the autocast state of this moment."""
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    states = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
-
-    @contextlib.contextmanager
-    def restored() -> Any:
-        with contextlib.ExitStack() as stack:
-            for kind, dtype, enabled in states:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-            yield
-
-    return restored
 
 
 def trains_loss(module: fx.GraphModule) -> bool:

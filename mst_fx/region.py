@@ -51,6 +51,8 @@ class Region:
     """Where in the user's code the first amplifier is."""
     feeds_projection: bool = False
     """Whether a wide value is itself the input of an amplifier: then it is a hidden state."""
+    row_bytes: int = 0
+    """Bytes per token of wide values that no node of the graph shows."""
 
     @property
     def legal(self) -> bool:

@@ -1,0 +1,157 @@
+"""A user's promise that a module is token-wise, kept as one node through Dynamo.
+
+    y = moe(x)   ->   y = tokenwise_call(key, {"gate.weight": w, ...}, (x,), {})
+
+``tokenwise(module)`` puts a ``Promise`` in the module's ``forward``. In eager it runs the module. Where Dynamo
+traces it becomes one call to which parameters and buffers are handed as inputs; every other backend traces
+through that call, this one makes a region of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+_KEYS = itertools.count()
+_PROMISES: weakref.WeakValueDictionary[int, Promise] = weakref.WeakValueDictionary()
+
+
+def tokenwise(module: M) -> M:
+    """Declare that row *t* of a module's outputs depends on row *t* of its inputs alone.
+
+    ``torch.compile(..., backend="mst")`` then runs the module a chunk of tokens at a time, whatever it does inside;
+    eager mode and other backends do what they did. The module is changed in place (its ``forward``, not its type,
+    parameters or state dict) and returned; a second call changes nothing, ``del module.forward`` takes it back.
+
+    The first tensor argument is ``[*tokens, features]``. Every other tensor argument and every output begins with
+    the same token dimensions, or with all of them flattened to one (router logits ``[T, E]``); arguments without
+    dimensions are shared.
+
+    Danger:
+        Nothing but ``mst.verify_tokenwise`` checks the promise. A module that mixes tokens (a capacity per expert, a
+        statistic of the batch, attention) gives other numbers when it is chunked.
+
+    Args:
+        module: The module; ``forward`` must trace without reading values (no loop over ``nonzero``).
+
+    Raises:
+        TypeError: If it is no ``nn.Module``.
+        ValueError: If a tensor in it is neither parameter nor buffer.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"mst_fx.tokenwise takes an nn.Module, got {type(module).__name__}")
+    if isinstance(module.__dict__.get("forward"), Promise):
+        return module
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if isinstance(value, torch.Tensor):
+                where = f"{path}.{name}".lstrip(".")
+                raise ValueError(
+                    f"mst_fx.tokenwise: `{where}` is a tensor that is neither parameter nor buffer, so that a compiled "
+                    f"graph would not see it change. Use register_buffer({name!r}, ..., persistent=False)."
+                )
+    module.forward = Promise(module)  # pyright: ignore
+    return module
+
+
+class Promise:
+    """The ``forward`` of a module declared token-wise. Copies and pickles with its module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.__setstate__({"module": module, "original": module.__dict__.get("forward")})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "original": self.original, "fixed": self.fixed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module: nn.Module = state["module"]
+        self.original: Callable[..., Any] | None = state["original"]
+        # NOTE [what Dynamo does not see] Dynamo doesn't look into the call, so it would go on after a change of
+        # `training` or of a number such as a Dropout's p. What it reads outside the call it guards on.
+        self.fixed: dict[str, tuple[str, ...]] = state.get("fixed") or {
+            path: tuple(k for k, v in vars(child).items() if isinstance(v, bool | int | float | str))
+            for path, child in self.module.named_modules()
+        }
+        self.key = next(_KEYS)
+        _PROMISES[self.key] = self
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.forward)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return self.original or functools.partial(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, as one node where Dynamo traces."""
+        if torch.compiler.is_dynamo_compiling():
+            state = {}
+            for name, tensor in self.module.named_parameters():
+                state[name] = tensor
+            for name, tensor in self.module.named_buffers():
+                state[name] = tensor
+            guarded = {}
+            for path, child in self.module.named_modules():
+                for name in self.fixed.get(path, ()):
+                    guarded[getattr(child, name, None)] = 0  # a key of a dict is a constant, never a symbolic float
+            return tokenwise_call(self.key, state, args, kwargs)
+        return self.forward(*args, **kwargs)
+
+    def run(self, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+        """Run the module with other parameters and buffers; its hooks are left to who called it."""
+        given = {f"module.{name}": tensor for name, tensor in state.items()}
+        return torch.func.functional_call(_Inside(self), given, args, kwargs)
+
+    def __str__(self) -> str:
+        return type(self.module).__name__
+
+
+class _Inside(nn.Module):
+    """Calls the promised module's own forward; ``functional_call`` wants a module to call."""
+
+    def __init__(self, promise: Promise) -> None:
+        super().__init__()
+        self.module, self.run = promise.module, promise.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def find_promise(key: int) -> Promise:
+    """Return a promise that is still alive.
+
+    Raises:
+        RuntimeError: If its module is gone.
+    """
+    promise = _PROMISES.get(key)
+    if promise is None:
+        raise RuntimeError("the module declared token-wise no longer exists")
+    return promise
+
+
+@torch.compiler.allow_in_graph
+def tokenwise_call(key: int, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """Run a promised module on tensors handed in: what Dynamo leaves as one node."""
+    promise = find_promise(key)
+    try:
+        return promise.run(state, args, kwargs)
+    except Exception as e:
+        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warnings.warn(
+            f"mst_fx.tokenwise: `{promise}` can't be traced as one call, so the graph breaks at it and it is not "
+            f"chunked ({type(e).__name__}: {first})",
+            stacklevel=2,
+        )
+        raise
