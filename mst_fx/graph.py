@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+_PROMISE = str(pathlib.Path(__file__).with_name("promise.py"))
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
@@ -31,7 +33,7 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
 def source_of(node: fx.Node) -> str:
     """Return ``file:line`` of the user's code that made the node, "<unknown>" without a record."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in', node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if "/torch/nn/" not in f[0]] or frames
+    frames = [f for f in frames if "/torch/nn/" not in f[0] and f[0] != _PROMISE] or frames
     if frames:
         return f"{frames[-1][0]}:{frames[-1][1]}"
     modules = list((node.meta.get("nn_module_stack") or {}).values())

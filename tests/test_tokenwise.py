@@ -86,7 +86,8 @@ class Tokens(nn.Module):
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         out = self.inner(self.embed(ids))
-        return (out[0] if isinstance(out, tuple) else out).float().square().mean() + 0 * labels.sum()
+        outs = out if isinstance(out, tuple) else (out,)
+        return sum(o.square().mean() for o in outs) + 0 * labels.sum()
 
 
 class Function(nn.Module):
@@ -165,6 +166,7 @@ def test_what_is_refused_with_its_reason(name: str) -> None:
     fn, reason = REFUSED[name]
     model = Tokens(fn)
     report = mst_fx.explain(model, OPTIONS)(**token_inputs())
+    assert "test_tokenwise.py" in report.regions[0].source
     assert not [r for r in report.chunked if r.kind == "mlp"]
     assert re.search(reason, reasons(report)), str(report)
 
