@@ -7,6 +7,7 @@ graphs needs are made here, at import, and the C++ compiler is asked early what 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -81,10 +82,21 @@ def compile_chunked(
 def _compile(
     gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None
 ) -> tuple[Callable[..., Any], Report, list[LogitsSpec]]:
+    piece = inductor.is_piece()
+    if piece:
+        config = dataclasses.replace(config, logits="keep")  # the pieces hand plain tensors to each other
     module, report, logits = run_passes(gm, config, only)
+    if piece:
+        report = dataclasses.replace(report, notes=(*report.notes, _PIECE))
     chunked = bool(report.chunked)
     compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     return compiled, report, logits
+
+
+_PIECE = (
+    "DDP's gradient buckets cut this graph before the backend saw it, perhaps through a region. Name the backend itself "
+    "(backend='mst') rather than a function that calls it, or set torch._dynamo.config.optimize_ddp = False."
+)
 
 
 def _publish(report: Report, number: int) -> None:
@@ -132,4 +144,5 @@ def join_graphs() -> None:
 
 
 join_graphs()
+inductor.rewrite_before_cutting(mst)
 inductor.probe_cpu()

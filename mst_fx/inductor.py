@@ -24,6 +24,7 @@ import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.distributed import Bucket, DDPOptimizer
 from torch._dynamo.utils import get_debug_dir
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
@@ -92,6 +93,15 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in [*values, *inner] if isinstance(v, FakeTensor)), None)
 
 
+def keep_source(old: Any, new: Any) -> None:
+    """Let a copy of a graph or of a placeholder know where in the user's program its inputs come from, as AOTAutograd
+    asks: it knows by that which inputs are parameters, whose memory stays where it is.
+    """
+    for name in ("_dynamo_source", "_param_name_to_source"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
 def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
     """Let composite ops run on symbolic sizes: torch 2.11's C++ ones ask for integers, which would fix the length."""
     return enable_python_dispatcher()
@@ -150,7 +160,17 @@ def compile_body(
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any], chunked: bool
 ) -> Callable[..., Any]:
-    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
+    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would, cut by DDP's buckets where DDP asks."""
+    compile_one = functools.partial(_compile_one, compiler=compiler, options=options, chunked=chunked)
+    if not _buckets:
+        return compile_one(graph, inputs)
+    asked = _buckets[-1]
+    return _cut(_Buckets(asked.bucket_bytes_cap, compile_one, asked.first_bucket_cap), graph, inputs)
+
+
+def _compile_one(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, compiler: str, options: dict[str, Any], chunked: bool
+) -> Callable[..., Any]:
     with _partitioner_settings(chunked):
         if compiler == "aot_eager":
             return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
@@ -199,6 +219,61 @@ class _Apart(InductorChoices):
 def _compile_apart(compile_inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with V.set_choices_handler(_Apart()):
         return compile_inner(*args, **kwargs)
+
+
+# -- DistributedDataParallel -------------------------------------------------------------------------
+
+# NOTE [rewrite, then cut] Under DDP, Dynamo cuts the graph by gradient bucket, so that the gradients of one bucket
+# are reduced while the backward computes the next, and hands the pieces to the backend. A cut can go through an
+# MLP or between head and loss: no region is whole in any piece. So the backend is given the whole graph, and what
+# it made of it is cut, by the same code. A region is one node then.
+
+_buckets: list[DDPOptimizer] = []
+"""DDP's request to cut the graph that is being compiled."""
+_cut = DDPOptimizer.compile_fn
+
+
+class _Buckets(DDPOptimizer):
+    """DDP's cutter, which counts the parameters in a chunked region's lists of inputs too."""
+
+    def add_param_args(self, bucket: Bucket, node: fx.Node) -> None:
+        for holder in node.all_input_nodes:
+            parameter = holder.meta.get("example_value") if holder.op == "placeholder" else None
+            if isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad:
+                if not self._ignore_parameter(parameter):
+                    self.add_param(bucket, parameter, str(holder.target))
+
+
+def rewrite_before_cutting(backend: Callable[..., Any]) -> None:
+    """Have ``backend``, and no other one, called with whole graphs under DDP; see NOTE [rewrite, then cut]."""
+
+    @functools.wraps(_cut)
+    def compile_fn(self: DDPOptimizer, gm: fx.GraphModule, example_inputs: list[Any], **configs: Any) -> Any:
+        if _innermost(self.backend_compile_fn) is not backend:
+            return _cut(self, gm, example_inputs, **configs)
+        _buckets.append(self)
+        try:
+            return self.backend_compile_fn(gm, example_inputs, **configs)
+        finally:
+            _buckets.pop()
+
+    DDPOptimizer.compile_fn = compile_fn
+
+
+def is_piece() -> bool:
+    """Whether the graph being compiled is one of those DDP has cut already, which happens behind a foreign backend."""
+    context = TracingContext.try_get()
+    return context is not None and context.fakify_first_call and not _buckets
+
+
+def _innermost(compiler: Any) -> Any:
+    """Unwrap what ``torch.compile`` puts around a backend."""
+    while True:
+        names = ("_torchdynamo_orig_backend", "compiler_fn", "func")
+        inner = next((getattr(compiler, n) for n in names if hasattr(compiler, n)), None)
+        if inner is None:
+            return compiler
+        compiler = inner
 
 
 class _Captured(Exception):

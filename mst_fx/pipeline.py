@@ -14,7 +14,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.graph import CHECKPOINT, autocast_now, fake, fake_tensor, walking
-from mst_fx.inductor import fake_mode_of
+from mst_fx.inductor import fake_mode_of, keep_source
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
@@ -112,10 +112,13 @@ def copy_graph(module: fx.GraphModule, kept: Collection[str] | None = None) -> f
     for old, new in mapping.items():
         if kept is None:
             new.meta = {**old.meta, "mst_origin": old.name}
+            keep_source(old, new)
         else:
             new.meta = {k: old.meta[k] for k in kept if k in old.meta}
     result = fx.GraphModule(module, graph)
     result.meta = {**module.meta}
+    if kept is None:
+        keep_source(module, result)
     for name, child in list(result.named_children()):
         if isinstance(child, fx.GraphModule):
             setattr(result, name, copy_graph(child, kept))

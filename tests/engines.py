@@ -1,0 +1,114 @@
+"""What the tests of distributed engines share: models, a batch per rank, the truth, and how far from it one is."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mst_fx
+from tests.harness import error, loss_of
+from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
+
+OPTIONS = {"mst.compiler": "aot_eager", "mst.chunk_tokens": 8}
+MST: dict[str, Any] = {"backend": "mst", "options": OPTIONS}
+
+Case = Callable[[int, int], dict[str, Any]]
+Batches = list[list[dict[str, Any]]]
+"""Micro-batches of every rank, known to all: ``batches[rank][micro]``."""
+
+
+class Small(LanguageModel):
+    """Two MLPs and a head; with a ``count``, the loss is a sum over tokens divided by it."""
+
+    def __init__(self) -> None:
+        super().__init__(SwiGLU(), SwiGLU(bias=True))
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        logits = self.head(self.norm(x)).flatten(0, -2)
+        if count is None:
+            return F.cross_entropy(logits, labels.reshape(-1))
+        return F.cross_entropy(logits, labels.reshape(-1), reduction="sum") / count
+
+
+def small() -> nn.Module:
+    """The same small model on every rank."""
+    torch.manual_seed(0)
+    return Small()
+
+
+def llama(**overrides: Any) -> nn.Module:
+    """The same small Llama on every rank."""
+    torch.manual_seed(0)
+    return hf("llama", **overrides)
+
+
+def make_batches(
+    build: Callable[[], nn.Module],
+    world: int,
+    micro: int = 1,
+    lengths: tuple[int, ...] = (),
+    ignored: int | None = None,
+) -> Batches:
+    """Batches for a model made by ``build``; those of rank ``ignored`` have no label that counts."""
+    torch.manual_seed(1)
+    make = hf_inputs if build is llama else lambda _, batch, length: token_inputs(batch, length)
+    found = [[make("llama", 2, lengths[r] if lengths else 23) for _ in range(micro)] for r in range(world)]
+    for batch in found[ignored] if ignored is not None else []:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    return found
+
+
+def true_gradients(model: nn.Module, batches: Batches) -> dict[str, torch.Tensor]:
+    """The gradients of the mean over ranks of each rank's summed losses, in fp64, in one process."""
+    wide = copy.deepcopy(model).double()
+    losses = [loss_of(wide(**batch)) for own in batches for batch in own]
+    torch.stack([loss for loss in losses if not loss.isnan()]).sum().div(len(batches)).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in wide.named_parameters()}
+
+
+def worst(grads: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> float:
+    """The largest relative error of any gradient; one that is missing counts as zeros."""
+    zeros = {n: torch.zeros_like(t) for n, t in truth.items()}
+    return max(error(zeros[n] if (g := grads.get(n)) is None else g, t) for n, t in truth.items())
+
+
+def own_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """What is in ``.grad``, put together where it lies apart, under the names of the model as it was built."""
+    found = {}
+    for name, p in model.named_parameters():
+        grad = p.grad.full_tensor() if p.grad is not None and hasattr(p.grad, "full_tensor") else p.grad
+        found[name.replace("_orig_mod.", "").removeprefix("module.")] = grad
+    return found
+
+
+def run_cases(cases: Mapping[str, Case], rank: int, world: int) -> dict[str, Any]:
+    """Run cases one after another in this rank; one that raises is its traceback."""
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        torch._dynamo.reset()
+        before = len(mst_fx.reports())
+        try:
+            results[name] = case(rank, world)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+            break  # the ranks may be apart now
+        found = mst_fx.reports()[before:]
+        results[name] |= {
+            "regions": [(r.kind, r.status, r.reason) for report in found for r in report.regions],
+            "text": "\n".join(map(str, found)),
+        }
+    return results
+
+
+def chunked(result: dict[str, Any], kind: str) -> int:
+    """Count chunked regions of a kind in a case's result."""
+    return sum(k == kind and status == "chunked" for k, status, _ in result["regions"])

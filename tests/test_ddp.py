@@ -1,0 +1,133 @@
+"""DistributedDataParallel: the graph is cut by bucket, and regions stay whole."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+
+from mst_fx.backend import mst
+from tests.engines import (
+    MST,
+    OPTIONS,
+    chunked,
+    llama,
+    make_batches,
+    own_gradients,
+    run_cases,
+    small,
+    true_gradients,
+    worst,
+)
+from tests.harness import error, loss_of
+from tests.ranks import run_ranks
+
+
+class Unused(nn.Module):
+    """A model with a parameter that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small()
+        self.never = nn.Linear(3, 3)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
+
+
+def train(
+    rank: int,
+    world: int,
+    *,
+    build: Any = small,
+    inside: bool = False,
+    whole: bool = False,
+    steps: int = 1,
+    checkpointing: bool = False,
+    count: int | None = None,
+    compile_with: dict[str, Any] = MST,
+    made: dict[str, Any] | None = None,
+    **ddp: Any,
+) -> dict[str, Any]:
+    """Take some steps, the last of which is looked at, with every gradient a bucket of its own."""
+    model = build()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    batches = make_batches(build, world, **(made or {}))
+    for batch in (b for own in batches for b in own if count is not None):
+        batch["count"] = torch.tensor(count)
+    plain = copy.deepcopy(model)
+    truth = true_gradients(model, batches)
+    counters.clear()
+    if inside:
+        model.compile(**compile_with)
+    first = 2**20 if whole else 1
+    with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", first):
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=first / 2**20, **ddp)
+        fn = wrapped if inside else torch.compile(wrapped, **compile_with)
+        for _ in range(steps):
+            model.zero_grad()
+            for batch in batches[rank]:
+                with contextlib.nullcontext() if batch is batches[rank][-1] else wrapped.no_sync():
+                    out = fn(**batch)
+                    loss_of(out).backward()
+    result = {"worst": worst(own_gradients(model), truth), "graphs": counters["aot_autograd"]["total"]}
+    if build is llama:
+        expected = plain(input_ids=batch["input_ids"]).logits
+        result["logits"] = error(out.logits.float() + 0, expected.double())
+    return result
+
+
+CASES = {
+    "outside": functools.partial(train, build=llama),
+    "inside": functools.partial(train, inside=True),
+    "one bucket": functools.partial(train, whole=True),
+    "static graph": functools.partial(train, static_graph=True, gradient_as_bucket_view=True, steps=3),
+    "unused parameter": functools.partial(train, build=Unused, find_unused_parameters=True, steps=2),
+    "accumulation": functools.partial(train, made={"micro": 3}),
+    "checkpointing": functools.partial(train, build=llama, checkpointing=True),
+    "lengths": functools.partial(train, made={"lengths": (9, 23)}, count=40),
+    "ignored": functools.partial(train, made={"ignored": 1}),
+    "ignored, summed": functools.partial(train, made={"ignored": 1}, count=40),
+    "behind a function": functools.partial(
+        train, compile_with={"backend": lambda gm, inputs: mst(gm, inputs, options=OPTIONS)}
+    ),
+    "another backend": functools.partial(train, compile_with={"backend": "aot_eager"}),
+}
+
+
+def run_all(rank: int, world: int) -> dict[str, Any]:
+    return run_cases(CASES, rank, world)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ddp")
+    return run_ranks(run_all, 2, folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
+    for result in (r[name] for r in results):
+        assert "error" not in result, result["error"]
+        assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
+        assert result.get("logits", 0) < 1e-6
+        cut = result["graphs"]
+        assert cut == 1 if name == "one bucket" else cut > 3, f"{cut} graphs"
+        if name not in ("behind a function", "another backend"):
+            assert (chunked(result, "mlp"), chunked(result, "loss")) == (2, 1), result["text"]
+
+
+def test_pieces_say_so(results: list[dict[str, Any]]) -> None:
+    result = results[0]["behind a function"]
+    assert "DDP's gradient buckets cut this graph before the backend saw it" in result["text"]
