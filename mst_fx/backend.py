@@ -94,8 +94,8 @@ def _compile(
 
 
 _PIECE = (
-    "DDP's gradient buckets cut this graph before the backend saw it, perhaps through a region. Name the backend itself "
-    "(backend='mst') rather than a function that calls it, or set torch._dynamo.config.optimize_ddp = False."
+    "DDP's gradient buckets cut this graph before the backend saw it, perhaps through a region. Name the backend "
+    "itself (backend='mst') rather than a function that calls it, or set torch._dynamo.config.optimize_ddp = False."
 )
 
 

@@ -94,8 +94,9 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
 
 
 def keep_source(old: Any, new: Any) -> None:
-    """Let a copy of a graph or of a placeholder know where in the user's program its inputs come from, as AOTAutograd
-    asks: it knows by that which inputs are parameters, whose memory stays where it is.
+    """Let a copy of a graph or of a placeholder know where in the user's program its inputs come from.
+
+    AOTAutograd tells by that which inputs are parameters, whose memory stays where it is.
     """
     for name in ("_dynamo_source", "_param_name_to_source"):
         if hasattr(old, name):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 
 import mst_fx
 from tests.harness import error, loss_of
-from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
+from tests.models import H, SwiGLU, V, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.compiler": "aot_eager", "mst.chunk_tokens": 8}
 MST: dict[str, Any] = {"backend": "mst", "options": OPTIONS}
@@ -23,17 +25,31 @@ Batches = list[list[dict[str, Any]]]
 """Micro-batches of every rank, known to all: ``batches[rank][micro]``."""
 
 
-class Small(LanguageModel):
-    """Two MLPs and a head; with a ``count``, the loss is a sum over tokens divided by it."""
+class Body(nn.Module):
+    """Embedding and residual MLPs."""
 
     def __init__(self) -> None:
-        super().__init__(SwiGLU(), SwiGLU(bias=True))
+        super().__init__()
+        self.embed = nn.Embedding(V, H)
+        self.blocks = nn.ModuleList([SwiGLU(), SwiGLU(bias=True)])
+        self.norm = nn.LayerNorm(H)
 
-    def forward(self, ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         for block in self.blocks:
             x = x + block(x)
-        logits = self.head(self.norm(x)).flatten(0, -2)
+        return self.norm(x)
+
+
+class Small(nn.Module):
+    """Two MLPs and a head; with a ``count``, the loss is a sum over tokens divided by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(H, V, bias=False)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.head(self.body(ids)).flatten(0, -2)
         if count is None:
             return F.cross_entropy(logits, labels.reshape(-1))
         return F.cross_entropy(logits, labels.reshape(-1), reduction="sum") / count
@@ -52,18 +68,21 @@ def llama(**overrides: Any) -> nn.Module:
 
 
 def make_batches(
-    build: Callable[[], nn.Module],
+    model: nn.Module,
     world: int,
     micro: int = 1,
     lengths: tuple[int, ...] = (),
     ignored: int | None = None,
+    count: int | None = None,
 ) -> Batches:
-    """Batches for a model made by ``build``; those of rank ``ignored`` have no label that counts."""
+    """Batches for a model; those of rank ``ignored`` have no label that counts."""
     torch.manual_seed(1)
-    make = hf_inputs if build is llama else lambda _, batch, length: token_inputs(batch, length)
-    found = [[make("llama", 2, lengths[r] if lengths else 23) for _ in range(micro)] for r in range(world)]
+    make = functools.partial(hf_inputs, "llama") if hasattr(model, "config") else token_inputs
+    found = [[make(2, lengths[r] if lengths else 23) for _ in range(micro)] for r in range(world)]
     for batch in found[ignored] if ignored is not None else []:
         batch["labels"] = torch.full_like(batch["labels"], -100)
+    for batch in [b for own in found for b in own] if count is not None else []:
+        batch["count"] = torch.tensor(count)
     return found
 
 
@@ -88,6 +107,18 @@ def own_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
         grad = p.grad.full_tensor() if p.grad is not None and hasattr(p.grad, "full_tensor") else p.grad
         found[name.replace("_orig_mod.", "").removeprefix("module.")] = grad
     return found
+
+
+def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
+    """Run a step and count the collectives this rank took part in, by kind."""
+    with torch.profiler.profile() as profile:
+        run()
+    names = collections.Counter(e.name.removeprefix("c10d::") for e in profile.events() if e.name.startswith("c10d::"))
+    found: collections.Counter[str] = collections.Counter()
+    for name, number in names.items():
+        kind = next((k for k in ("gather", "reduce_scatter", "allreduce", "broadcast") if k in name), name)
+        found[kind] += number
+    return dict(found)
 
 
 def run_cases(cases: Mapping[str, Case], rank: int, world: int) -> dict[str, Any]:

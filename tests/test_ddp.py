@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
@@ -54,7 +55,6 @@ def train(
     whole: bool = False,
     steps: int = 1,
     checkpointing: bool = False,
-    count: int | None = None,
     compile_with: dict[str, Any] = MST,
     made: dict[str, Any] | None = None,
     **ddp: Any,
@@ -63,11 +63,12 @@ def train(
     model = build()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    batches = make_batches(build, world, **(made or {}))
-    for batch in (b for own in batches for b in own if count is not None):
-        batch["count"] = torch.tensor(count)
+    batches = make_batches(model, world, **(made or {}))
     plain = copy.deepcopy(model)
     truth = true_gradients(model, batches)
+    fired: collections.Counter[str] = collections.Counter()
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: fired.update([name]))
     counters.clear()
     if inside:
         model.compile(**compile_with)
@@ -80,9 +81,14 @@ def train(
             for batch in batches[rank]:
                 with contextlib.nullcontext() if batch is batches[rank][-1] else wrapped.no_sync():
                     out = fn(**batch)
+                    fired.clear()
                     loss_of(out).backward()
-    result = {"worst": worst(own_gradients(model), truth), "graphs": counters["aot_autograd"]["total"]}
-    if build is llama:
+    result = {
+        "worst": worst(own_gradients(model), truth),
+        "graphs": counters["aot_autograd"]["total"],
+        "fired": set(fired.values()),
+    }
+    if hasattr(model, "config"):
         expected = plain(input_ids=batch["input_ids"]).logits
         result["logits"] = error(out.logits.float() + 0, expected.double())
     return result
@@ -96,9 +102,9 @@ CASES = {
     "unused parameter": functools.partial(train, build=Unused, find_unused_parameters=True, steps=2),
     "accumulation": functools.partial(train, made={"micro": 3}),
     "checkpointing": functools.partial(train, build=llama, checkpointing=True),
-    "lengths": functools.partial(train, made={"lengths": (9, 23)}, count=40),
+    "lengths": functools.partial(train, made={"lengths": (9, 23), "count": 40}),
     "ignored": functools.partial(train, made={"ignored": 1}),
-    "ignored, summed": functools.partial(train, made={"ignored": 1}, count=40),
+    "ignored, summed": functools.partial(train, made={"ignored": 1, "count": 40}),
     "behind a function": functools.partial(
         train, compile_with={"backend": lambda gm, inputs: mst(gm, inputs, options=OPTIONS)}
     ),
@@ -122,6 +128,7 @@ def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name:
         assert "error" not in result, result["error"]
         assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
         assert result.get("logits", 0) < 1e-6
+        assert result["fired"] == {1}, "a gradient hook did not fire once"
         cut = result["graphs"]
         assert cut == 1 if name == "one bucket" else cut > 3, f"{cut} graphs"
         if name not in ("behind a function", "another backend"):

@@ -1,0 +1,108 @@
+"""FSDP2: weights are gathered once per region and step, gradients are reduced once, and they are right."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from tests.engines import (
+    MST,
+    chunked,
+    count_collectives,
+    llama,
+    make_batches,
+    own_gradients,
+    run_cases,
+    small,
+    true_gradients,
+    worst,
+)
+from tests.harness import loss_of
+from tests.ranks import run_ranks
+
+
+def train(
+    rank: int,
+    world: int,
+    *,
+    build: Any = small,
+    per_block: bool = False,
+    shard_blocks: bool = True,
+    made: dict[str, Any] | None = None,
+    checkpointing: bool = False,
+    **policy: Any,
+) -> dict[str, Any]:
+    """Take two steps without and with mst; look at the second."""
+    model = build()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    batches = make_batches(model, world, **(made or {}))
+    truth = true_gradients(model, batches)
+    result: dict[str, Any] = {}
+    for system in ("plain", "mst"):
+        sharded = copy.deepcopy(model)
+        blocks = sharded.model.layers if hasattr(model, "config") else sharded.body.blocks
+        mesh = init_device_mesh("cpu", (world,))
+        for part in [*(blocks if shard_blocks else []), sharded]:
+            fully_shard(part, mesh=mesh, **policy)
+        for part in (blocks if per_block else [sharded]) if system == "mst" else []:
+            part.compile(**MST)
+        collectives = [count_collectives(functools.partial(step, sharded, batches[rank])) for _ in range(2)]
+        result[system] = {"worst": worst(own_gradients(sharded), truth), "collectives": collectives[1]}
+    return result
+
+
+def step(model: nn.Module, own: list[dict[str, Any]]) -> None:
+    model.zero_grad()
+    for batch in own:
+        model.set_requires_gradient_sync(batch is own[-1])  # pyright: ignore
+        loss_of(model(**batch)).backward()
+
+
+HALF = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+CASES = {
+    "whole": train,
+    "per block": functools.partial(train, per_block=True),
+    "one group": functools.partial(train, shard_blocks=False),
+    "kept gathered": functools.partial(train, reshard_after_forward=False),
+    "offloaded": functools.partial(train, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "bf16": functools.partial(train, **HALF),
+    "bf16 per block": functools.partial(train, per_block=True, **HALF),
+    "accumulation": functools.partial(train, made={"micro": 2}),
+    "lengths": functools.partial(train, made={"lengths": (9, 23), "count": 40}),
+    "ignored": functools.partial(train, made={"ignored": 1}),
+    "ignored, summed": functools.partial(train, made={"ignored": 1, "count": 40}),
+    "llama": functools.partial(train, build=functools.partial(llama, tie_word_embeddings=True)),
+    "llama, checkpointing": functools.partial(train, build=llama, checkpointing=True),
+}
+
+
+def run_all(rank: int, world: int) -> dict[str, Any]:
+    return run_cases(CASES, rank, world)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("fsdp")
+    return run_ranks(run_all, 2, folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_collectives(results: list[dict[str, Any]], name: str) -> None:
+    for result in (r[name] for r in results):
+        assert "error" not in result, result["error"]
+        plain, ours = result["plain"], result["mst"]
+        slack = 4e-3 if "bf16" in name else 2e-6
+        assert ours["worst"] <= plain["worst"] * (1.5 if "bf16" in name else 1) + slack
+        assert ours["collectives"] == plain["collectives"]
+        assert ours["collectives"]["reduce_scatter"] == (1 if name == "one group" else 3)
+        assert chunked(result, "mlp") > 0, result["text"]
+        assert chunked(result, "loss") == (0 if "per block" in name else 1), result["text"]
