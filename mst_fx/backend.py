@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx import inductor
+from mst_fx import buckets, inductor
 from mst_fx.config import Config, OptionError
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
@@ -89,7 +89,7 @@ def _compile(
     if piece:
         report = dataclasses.replace(report, notes=(*report.notes, _PIECE))
     chunked = bool(report.chunked)
-    compiled = inductor.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
+    compiled = buckets.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     return compiled, report, logits
 
 
@@ -144,5 +144,5 @@ def join_graphs() -> None:
 
 
 join_graphs()
-inductor.rewrite_before_cutting(mst)
+buckets.rewrite_before_cutting(mst)
 inductor.probe_cpu()

@@ -46,6 +46,8 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
+    "Bucket",
+    "DDPOptimizer",
     "compile_body",
     "compile_graph",
     "cpu_multiplies",
@@ -53,6 +55,8 @@ __all__ = [
     "fake_mode_of",
     "fake_tensors",
     "finish_kernels",
+    "is_piece",
+    "keep_source",
     "kernels_at_once",
     "mode_options",
     "option_names",
@@ -101,6 +105,12 @@ def keep_source(old: Any, new: Any) -> None:
     for name in ("_dynamo_source", "_param_name_to_source"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
+
+
+def is_piece() -> bool:
+    """Whether the graph being compiled is one of several DDP has cut the user's into."""
+    context = TracingContext.try_get()
+    return context is not None and context.fakify_first_call
 
 
 def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
@@ -161,17 +171,7 @@ def compile_body(
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any], chunked: bool
 ) -> Callable[..., Any]:
-    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would, cut by DDP's buckets where DDP asks."""
-    compile_one = functools.partial(_compile_one, compiler=compiler, options=options, chunked=chunked)
-    if not _buckets:
-        return compile_one(graph, inputs)
-    asked = _buckets[-1]
-    return _cut(_Buckets(asked.bucket_bytes_cap, compile_one, asked.first_bucket_cap), graph, inputs)
-
-
-def _compile_one(
-    graph: fx.GraphModule, inputs: Sequence[Any], *, compiler: str, options: dict[str, Any], chunked: bool
-) -> Callable[..., Any]:
+    """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
     with _partitioner_settings(chunked):
         if compiler == "aot_eager":
             return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
@@ -220,61 +220,6 @@ class _Apart(InductorChoices):
 def _compile_apart(compile_inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with V.set_choices_handler(_Apart()):
         return compile_inner(*args, **kwargs)
-
-
-# -- DistributedDataParallel -------------------------------------------------------------------------
-
-# NOTE [rewrite, then cut] Under DDP, Dynamo cuts the graph by gradient bucket, so that the gradients of one bucket
-# are reduced while the backward computes the next, and hands the pieces to the backend. A cut can go through an
-# MLP or between head and loss: no region is whole in any piece. So the backend is given the whole graph, and what
-# it made of it is cut, by the same code. A region is one node then.
-
-_buckets: list[DDPOptimizer] = []
-"""DDP's request to cut the graph that is being compiled."""
-_cut = DDPOptimizer.compile_fn
-
-
-class _Buckets(DDPOptimizer):
-    """DDP's cutter, which counts the parameters in a chunked region's lists of inputs too."""
-
-    def add_param_args(self, bucket: Bucket, node: fx.Node) -> None:
-        for holder in node.all_input_nodes:
-            parameter = holder.meta.get("example_value") if holder.op == "placeholder" else None
-            if isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad:
-                if not self._ignore_parameter(parameter):
-                    self.add_param(bucket, parameter, str(holder.target))
-
-
-def rewrite_before_cutting(backend: Callable[..., Any]) -> None:
-    """Have ``backend``, and no other one, called with whole graphs under DDP; see NOTE [rewrite, then cut]."""
-
-    @functools.wraps(_cut)
-    def compile_fn(self: DDPOptimizer, gm: fx.GraphModule, example_inputs: list[Any], **configs: Any) -> Any:
-        if _innermost(self.backend_compile_fn) is not backend:
-            return _cut(self, gm, example_inputs, **configs)
-        _buckets.append(self)
-        try:
-            return self.backend_compile_fn(gm, example_inputs, **configs)
-        finally:
-            _buckets.pop()
-
-    DDPOptimizer.compile_fn = compile_fn
-
-
-def is_piece() -> bool:
-    """Whether the graph being compiled is one of those DDP has cut already, which happens behind a foreign backend."""
-    context = TracingContext.try_get()
-    return context is not None and context.fakify_first_call and not _buckets
-
-
-def _innermost(compiler: Any) -> Any:
-    """Unwrap what ``torch.compile`` puts around a backend."""
-    while True:
-        names = ("_torchdynamo_orig_backend", "compiler_fn", "func")
-        inner = next((getattr(compiler, n) for n in names if hasattr(compiler, n)), None)
-        if inner is None:
-            return compiler
-        compiler = inner
 
 
 class _Captured(Exception):
