@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.inductor import symbolic_inputs
+from mst_fx.rows import concrete
 
 aten = torch.ops.aten
 _LAYOUT = {aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default,
@@ -209,7 +210,7 @@ def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[l
             return _terms(graph, left, outer) + _terms(graph, right, outer)  # pyright: ignore
     if node.target is aten.mm.default:
         a, b = node.args
-        if not isinstance(a.meta["val"].shape[1], int):  # pyright: ignore
+        if not isinstance(concrete(a.meta["val"].shape[1]), int):  # pyright: ignore
             return [([a, b], node.meta["val"].shape, _layout(outer, node))]  # pyright: ignore
     if node.target is aten.sum.dim_IntList and node.meta["val"].dtype in (torch.bfloat16, torch.float16):
         with graph.inserting_after(node):
@@ -220,7 +221,7 @@ def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[l
 
 
 def _has_rows(node: Any) -> bool:
-    return any(not isinstance(s, int) for s in node.meta["val"].shape)
+    return any(not isinstance(concrete(s), int) for s in node.meta["val"].shape)
 
 
 def _layout(outer: list[fx.Node], source: fx.Node) -> fx.GraphModule | None:

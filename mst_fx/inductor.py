@@ -66,6 +66,7 @@ __all__ = [
     "symbolic_sizes",
     "trace_artifact",
     "without_modes",
+    "without_saved_tensor_hooks",
 ]
 
 MINIMUM_TORCH = (2, 11)
@@ -118,6 +119,13 @@ def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
     return enable_python_dispatcher()
 
 
+def without_saved_tensor_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Keep what is traced from the user's hooks: a checkpoint around the compiled function counts what is saved."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
 def fake_tensors() -> FakeTensorMode:
     """Return a context in which tensors are made without memory; real constants may meet them."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -163,9 +171,11 @@ def compile_body(
     # compile_fx takes over the module it is given, and a deep copy fails on the fake values in its metadata.
     own = fx.Graph()
     own.output(own.graph_copy(graph.graph, {}))
+    # A CUDA graph of the outer graph's own would hold those of its bodies, once per chunk size.
+    options = {**options, "triton.cudagraphs": False}
     later = inputs[0].device.type == "cpu" and not _at_once
     with tracing(TracingContext(mode)), torch.no_grad(), _kernels_later() if later else contextlib.nullcontext():
-        return compile_fx(fx.GraphModule(graph, own), list(inputs), config_patches=options or None)  # pyright: ignore
+        return compile_fx(fx.GraphModule(graph, own), list(inputs), config_patches=options)  # pyright: ignore
 
 
 def compile_graph(

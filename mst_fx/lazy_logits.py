@@ -41,46 +41,77 @@ class LogitsSpec:
     requires_grad: bool = False
 
 
-class _Deferred:
-    """The computation behind one or several lazy tensors."""
+class _Head:
+    """The head and what it computes the logits from; alive while some lazy logits are not computed yet."""
 
     def __init__(self, spec: LogitsSpec, inputs: Sequence[torch.Tensor]) -> None:
         self.spec = spec
         self.inputs = list(inputs)
         self.versions = [_version(t) for t in inputs]
         self.shape = tuple(s if isinstance(s, int) else self._size(*s) for s in spec.shape)
-        self.value: torch.Tensor | None = None
 
     def _size(self, source: int, dim: int) -> int:
         shape, order = self.inputs[source].shape, self.spec.flattened[source]
         return shape[dim] if dim >= 0 else math.prod(shape[d] for d in order[: order[-1]])
 
+    @property
+    def changed(self) -> bool:
+        """Whether the weights are others than in the forward."""
+        return [_version(t) for t in self.inputs] != self.versions
+
     def compute(self) -> torch.Tensor:
-        """Return the logits, computed once.
+        """Compute the logits.
 
         Raises:
             RuntimeError: If the weights have changed since the forward.
         """
+        if self.changed:
+            raise RuntimeError(
+                "these logits were not computed in the forward (their loss was chunked), and the model's weights "
+                "have changed since, so they can't be computed any more. Read them before the optimizer step, or "
+                'compile with options={"mst.logits": "keep"}.'
+            )
+        assert self.spec.head is not None
+        with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
+            rows = [
+                t.permute(order[:-1]).flatten(0, order[-1] - 1) if order[-1] else t.unsqueeze(0)
+                for t, order in zip(self.inputs, self.spec.flattened, strict=False)
+            ]
+            out = self.spec.head(*rows, *self.inputs[self.spec.num_chunked :])[0]
+            sizes = [self.shape[d] for d in self.spec.order]
+            back = [self.spec.order.index(d) for d in range(len(sizes))]
+            return out.reshape(sizes).permute(back)
+
+
+class _Deferred:
+    """One value, computed once, for all the lazy tensors that would share memory if they were real."""
+
+    def __init__(self, head: _Head, casts: tuple[torch.dtype, ...], cast_from: _Deferred | None = None) -> None:
+        self.head: _Head | None = head
+        self.casts, self.cast_from = casts, cast_from
+        self.value: torch.Tensor | None = None
+        self.version = 0
+
+    def compute(self) -> torch.Tensor:
+        """Return the value, the same tensor every time."""
         if self.value is None:
-            if [_version(t) for t in self.inputs] != self.versions:
-                raise RuntimeError(
-                    "these logits were not computed in the forward (their loss was chunked), and the model's weights "
-                    "have changed since, so they can't be computed any more. Read them before the optimizer step, or "
-                    'compile with options={"mst.logits": "keep"}.'
-                )
-            assert self.spec.head is not None
-            with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
-                rows = [
-                    t.permute(order[:-1]).flatten(0, order[-1] - 1) if order[-1] else t.unsqueeze(0)
-                    for t, order in zip(self.inputs, self.spec.flattened, strict=False)
-                ]
-                out = self.spec.head(*rows, *self.inputs[self.spec.num_chunked :])[0]
-                sizes = [self.shape[d] for d in self.spec.order]
-                back = [self.spec.order.index(d) for d in range(len(sizes))]
-                self.value = out.reshape(sizes).permute(back)
-            self.inputs = []
-        value = self.value
-        assert value is not None
+            self.value = self._fresh()
+            self.version = _version(self.value)
+            self.head = self.cast_from = None
+        return self.value
+
+    def _fresh(self) -> torch.Tensor:
+        assert self.head is not None
+        source = self.cast_from
+        if self.head.changed and source is not None:
+            # What was cast may have been read in time, and is the same unless it was changed in place since.
+            if source.value is not None and _version(source.value) == source.version:
+                return source.value.to(self.casts[-1])
+            if source.value is None and source.cast_from is not None:
+                return source._fresh().to(self.casts[-1])
+        value = self.head.compute()
+        for dtype in self.casts:
+            value = value.to(dtype)
         return value
 
 
@@ -88,78 +119,99 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+_KEEP = 'Compile with options={"mst.logits": "keep"} to use the returned logits in a loss of your own.'
+
+
+def _refuse(*_: Any) -> Any:
+    raise RuntimeError(f"gradients do not flow through logits whose loss was chunked. {_KEEP}")
+
+
 class _NoGradient(torch.autograd.Function):
     """Identity that refuses a gradient with a sentence."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
-        return value.view_as(value)
+    def forward(ctx: Any, value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "gradients do not flow through logits whose loss was chunked. "
-            'Compile with options={"mst.logits": "keep"} to use the returned logits in a loss of your own.'
-        )
+        _refuse()
 
 
 class LazyLogits(torch.Tensor):
     """A tensor that is computed when it is first used. See the module's docstring."""
 
     _deferred: _Deferred
-    _casts: tuple[torch.dtype, ...]
+    _real: torch.Tensor | None
 
     @staticmethod
-    def __new__(
-        cls, deferred: _Deferred, casts: tuple[torch.dtype, ...], device: torch.device, grad: bool
-    ) -> LazyLogits:
+    @torch.compiler.disable
+    def __new__(cls, deferred: _Deferred, shape: Sequence[int], device: torch.device, grad: bool) -> LazyLogits:
         """Make a tensor of the deferred shape that owns no storage."""
         self = torch.Tensor._make_wrapper_subclass(
-            cls, deferred.shape, dtype=casts[-1], device=device, requires_grad=grad
+            cls, shape, dtype=deferred.casts[-1], device=device, requires_grad=grad
         )
-        self._deferred, self._casts = deferred, casts
+        self._deferred, self._real = deferred, None
+        if grad:
+            # What goes around __torch_function__ would take the wrapper for a leaf and leave a gradient on it.
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_refuse)
         return self
 
     def materialize(self) -> torch.Tensor:
-        """Return the logits as an ordinary tensor."""
-        value = self._deferred.compute()
-        for dtype in self._casts:
-            value = value.to(dtype)
-        if self.requires_grad and torch.is_grad_enabled():
-            return _NoGradient.apply(value.detach().requires_grad_())
-        return value.detach()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().detach().__reduce_ex__(protocol)
+        """Return the logits as an ordinary tensor, the same one every time."""
+        if self._real is None:
+            real = self._deferred.compute().detach()
+            if self.requires_grad:
+                with torch.enable_grad():
+                    real = _NoGradient.apply(real, torch.empty((), requires_grad=True))
+            self._real = real
+        return self._real
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _ATTRIBUTES:
-            return super().__torch_function__(func, types, args, kwargs)
-        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) and args[0]._real is None else None
         if lazy is not None:
+            if func in _ATTRIBUTES:
+                return super().__torch_function__(func, types, args, kwargs)
             if func in (torch.Tensor.detach, torch.detach):
-                return LazyLogits(lazy._deferred, lazy._casts, lazy.device, False)
+                return LazyLogits(lazy._deferred, lazy.shape, lazy.device, False)
             dtype = _cast(func, lazy, args, kwargs)
-            if dtype is not None:
-                return lazy if dtype == lazy.dtype else _recast(lazy, dtype)
+            if dtype is not None and (cast := _recast(lazy, dtype)) is not None:
+                return cast
+        if func in _ON_THE_GRAPH:
+            _check_off_the_graph(args, kwargs)
         args, kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return LazyLogits(args[0]._deferred, args[0]._casts, args[0].device, False)
+        if func is torch.ops.aten.detach.default and args[0]._real is None:
+            return LazyLogits(args[0]._deferred, args[0].shape, args[0].device, False)
         args, kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _recast(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits:
-    grad = lazy.requires_grad and torch.is_grad_enabled()
-    return LazyLogits(lazy._deferred, (*lazy._casts, dtype), lazy.device, grad)
+def _recast(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
+    grad, old = lazy.requires_grad and torch.is_grad_enabled(), lazy._deferred
+    if dtype == lazy.dtype:
+        return lazy
+    if old.head is None:
+        return None  # another view of these logits was read already
+    return LazyLogits(_Deferred(old.head, (*old.casts, dtype), old), lazy.shape, lazy.device, grad)
 
 
+def _check_off_the_graph(args: Any, kwargs: Any) -> None:
+    """Refuse to watch a gradient that will never come: the loss was not computed from these logits."""
+    if any(isinstance(t, LazyLogits) and t.requires_grad for t in pytree.tree_leaves((args, kwargs))):
+        _refuse()
+
+
+_ON_THE_GRAPH = {torch.Tensor.register_hook, torch.Tensor.retain_grad, torch.autograd.grad, torch.autograd.backward}
 _CASTS = {
     torch.Tensor.float: torch.float32,
     torch.Tensor.half: torch.float16,
@@ -186,6 +238,8 @@ def _cast(func: Any, lazy: LazyLogits, args: Any, kwargs: Any) -> torch.dtype | 
     rest = [*args[1:], *(v for k, v in kwargs.items() if k in ("dtype", "device", "other"))]
     if any(k not in ("dtype", "device", "non_blocking") for k in kwargs) or not rest:
         return None
+    if sum(isinstance(v, bool) for v in rest) > 1:
+        return None  # the second asks for a copy
     dtype = lazy.dtype
     for value in rest:
         if isinstance(value, torch.dtype):
@@ -206,5 +260,6 @@ def build_outputs(outputs: Sequence[Any], args: Sequence[Any], specs: Sequence[L
             continue
         inputs = [(args if kind == "arg" else outputs)[i].detach() for kind, i in spec.sources]
         grad = spec.requires_grad and torch.is_grad_enabled()
-        results[spec.slot] = LazyLogits(_Deferred(spec, inputs), (spec.dtype,), inputs[0].device, grad)
+        head = _Head(spec, inputs)
+        results[spec.slot] = LazyLogits(_Deferred(head, (spec.dtype,)), head.shape, inputs[0].device, grad)
     return results

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mst_fx.inductor import symbolic_sizes
 from mst_fx.recorder import recording
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, is_one
 
@@ -92,7 +93,7 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     options: dict[str, Any] = {"weight": weight, "ignore_index": call.ignore_index, "reduction": "none"}
     if call.function is F.cross_entropy:
         options["label_smoothing"] = call.label_smoothing
-    with fake_mode, recording(b):
+    with fake_mode, recording(b), symbolic_sizes():
         value = call.function(rows, row_labels, **options)
     result = b.row(value)
     assert result is not None

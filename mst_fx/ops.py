@@ -28,6 +28,9 @@ from mst_fx.plan import chunk_bounds
 PRODUCT_BLOCK_BYTES = 4 * 2**20
 """A product that cannot be added while it is computed goes block by block, each small enough for a cache."""
 
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""A loop allocates per chunk and may draw masks: under ``mode="reduce-overhead"`` Inductor captures around it."""
+
 
 @dataclass(frozen=True)
 class CompiledBody:
@@ -52,7 +55,7 @@ BODIES: dict[str, CompiledBody] = {}
 # -- map ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mst_fx::map", mutates_args=())
+@torch.library.custom_op("mst_fx::map", mutates_args=(), tags=_TAGS)
 def map_op(
     chunked: Sequence[torch.Tensor],
     shared: Sequence[torch.Tensor],
@@ -80,7 +83,7 @@ def _(chunked: Any, shared: Any, seed: Any, body: str, chunk_tokens: int) -> lis
     return [chunked[0].new_empty((tokens, *shape), dtype=dtype) for shape, dtype in BODIES[body].outputs]
 
 
-@torch.library.custom_op("mst_fx::map_backward", mutates_args=())
+@torch.library.custom_op("mst_fx::map_backward", mutates_args=(), tags=_TAGS)
 def map_backward_op(
     tangents: Sequence[torch.Tensor],
     chunked: Sequence[torch.Tensor],
@@ -130,7 +133,7 @@ torch.library.register_autograd("mst_fx::map", _map_backward, setup_context=_map
 # -- sum ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mst_fx::sum", mutates_args=())
+@torch.library.custom_op("mst_fx::sum", mutates_args=(), tags=_TAGS)
 def sum_op(
     chunked: Sequence[torch.Tensor],
     shared: Sequence[torch.Tensor],

@@ -14,7 +14,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.graph import CHECKPOINT, autocast_now, fake, fake_tensor, walking
-from mst_fx.inductor import fake_mode_of, keep_source
+from mst_fx.inductor import fake_mode_of, keep_source, without_saved_tensor_hooks
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
@@ -60,7 +60,7 @@ def run_passes(
         notes.append("the graph carries no shapes")
     else:
         for graph in collect_graphs(rewritten):
-            with graph.ambient():
+            with graph.ambient(), without_saved_tensor_hooks():
                 if only is not None:
                     context.allowed = frozenset(key for name, key in only if name == graph.name)
                 _run_on(graph, context)

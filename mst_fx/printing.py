@@ -72,7 +72,7 @@ def body_code(module: fx.GraphModule) -> str:
     counts = {"x": 0, "w": 0, "dy": 0}
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            symbolic = {str(s) for s in getattr(node.meta.get("val"), "shape", ()) if not isinstance(s, int)}
+            symbolic = {str(s) for s in getattr(node.meta.get("val"), "shape", ()) if not str(s).isdigit()}
             kind = ("dy" if counts["w"] else "x") if symbolic else "w"
             names[node] = f"{kind}{counts[kind]}"
             counts[kind] += 1

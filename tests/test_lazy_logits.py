@@ -5,10 +5,13 @@ import gc
 import io
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mst_fx.lazy_logits import LazyLogits
 from tests.harness import EAGER, check_exact, chunked
@@ -56,6 +59,22 @@ def test_stays_lazy_through_detach_float_to() -> None:
         lambda x: x[0, 0, 0].item(),
         lambda x: list(x),
         lambda x: x.data.sum(),
+        lambda x: repr(x.float()),
+        lambda x: f"{x[0, 0, 0]:.3f}",
+        lambda x: np.asarray(x.detach()),
+        lambda x: np.array(x.detach().float().cpu()),
+        lambda x: copy.copy(x),
+        lambda x: [*x.unbind(0), len(x), x.mT],
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: torch.empty_like(x),
+        lambda x: x.new_zeros(3),
+        lambda x: torch.utils.data.default_collate([x.detach(), x.detach()]),
+        lambda x: x == x.clone(),
+        lambda x: bool((x == x).all()),
+        lambda x: torch.utils.dlpack.from_dlpack(x.detach()),
+        lambda x: x.untyped_storage().nbytes(),
+        lambda x: hash(x) == hash(x) and x in [x],
+        lambda x: torch.nn.functional.log_softmax(x.float(), -1).gather(-1, torch.zeros(2, 23, 1, dtype=torch.int64)),
     ],
 )
 def test_any_use_works(use: Any) -> None:
@@ -145,3 +164,228 @@ def test_autocast() -> None:
         out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
     assert out.logits.dtype == expected.dtype
     torch.testing.assert_close(out.logits.detach() + 0, expected.detach(), atol=2e-2, rtol=2e-2)
+
+
+def head_and_loss(**options: Any) -> tuple[Callable[..., Any], Any, torch.Tensor, torch.Tensor]:
+    """A function of hidden states, its compiled form, and its inputs."""
+    head = torch.nn.Linear(16, 61)
+
+    def fn(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(x)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    compiled = torch.compile(fn, backend="mst", options={**OPTIONS, **options})
+    return fn, compiled, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.mul_(2),
+        lambda x: x.detach().mul_(2),
+        lambda x: x.__setitem__((..., slice(7)), -1e4),
+        lambda x: torch.clamp(x, max=0.1, out=x),
+        lambda x: x.data.zero_(),
+        lambda x: x.float().add_(1),  # of fp32 this is the value itself
+        lambda x: x.double().add_(1),  # and this is not
+        lambda x: x.detach().cpu().numpy().fill(3),
+        lambda x: x.copy_(torch.zeros(())),
+    ],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_place_changes_are_seen_by_all_that_share_the_memory(change: Any, grad: bool) -> None:
+    fn, compiled, x, labels = head_and_loss()
+    with torch.set_grad_enabled(grad):
+        expected, ours = fn(x, labels)[1], compiled(x, labels)[1]
+    shared, wide = ours.detach(), ours.double()
+    with torch.no_grad():
+        before = expected.double()
+        change(expected)
+        change(ours)
+        torch.testing.assert_close(ours + 0, expected)
+        torch.testing.assert_close(shared + 0, expected)
+        torch.testing.assert_close(wide + 0, before)
+        torch.testing.assert_close(ours.argmax(-1), expected.argmax(-1))
+
+
+def test_in_place_with_gradients_on() -> None:
+    fn, compiled, x, labels = head_and_loss()
+    expected, ours = fn(x, labels)[1], compiled(x, labels)[1]
+    for logits in (expected, ours):
+        logits /= 2
+        logits[..., 3] = 0
+    torch.testing.assert_close(ours.detach() + 0, expected.detach())
+    with pytest.raises(RuntimeError, match=r'mst\.logits": "keep'):
+        ours.sum().backward()
+
+
+def test_two_casts_do_not_share_memory_and_one_tensor_has_one_address() -> None:
+    _, compiled, x, labels = head_and_loss()
+    logits = compiled(x, labels)[1].detach()
+    one, two = logits.double(), logits.double()
+    one.zero_()
+    assert two.abs().sum() > 0
+    assert logits.data_ptr() == logits.data_ptr() == logits.detach().data_ptr() != one.data_ptr()
+
+
+def test_a_cast_taken_before_the_step_and_read_after_it() -> None:
+    """What was read stays readable, in every dtype; what was not raises."""
+    model, out, expected = outputs()
+    wide, logits = out.logits.detach().double(), out.logits.detach()
+    torch.testing.assert_close(logits + 0, expected)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    torch.testing.assert_close(wide + 0, expected.double())
+    torch.testing.assert_close(logits.half() + 0, expected.half())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, loss: x.register_hook(print),
+        lambda x, loss: x.retain_grad(),
+        lambda x, loss: torch.autograd.grad(loss, x),
+        lambda x, loss: loss.backward(inputs=[x]),
+    ],
+)
+def test_watching_a_gradient_that_never_comes_is_refused(use: Any) -> None:
+    _, compiled, x, labels = head_and_loss()
+    loss, logits = compiled(x.requires_grad_(), labels)
+    with pytest.raises(RuntimeError, match=r'mst\.logits": "keep'):
+        use(logits, loss)
+
+
+def test_gradients_of_what_is_computed_from_detached_logits() -> None:
+    fn, compiled, x, labels = head_and_loss()
+    grads = []
+    for run in (fn, compiled):
+        logits = run(x, labels)[1].detach()
+        logits.requires_grad_()
+        logits.square().sum().backward()
+        assert logits.requires_grad
+        grads.append(logits.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_inside_another_compiled_function_and_behind_a_graph_break() -> None:
+    fn, compiled, x, labels = head_and_loss()
+    expected = fn(x, labels)[1]
+    logits = compiled(x, labels)[1].detach()
+    read = torch.compile(lambda t: (t.float() * 2).sum(-1), backend="aot_eager")
+    torch.testing.assert_close(read(logits), (expected.detach() * 2).sum(-1))
+    torch._dynamo.reset()
+
+    def step(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, logits = fn(x, labels)
+        torch._dynamo.graph_break()
+        return loss + 0 * logits.detach().float().mean(), logits.argmax(-1)
+
+    loss, best = torch.compile(step, backend="mst", options=OPTIONS)(x, labels)
+    assert torch.equal(best, expected.argmax(-1))
+    torch.testing.assert_close(loss, fn(x, labels)[0])
+
+
+def test_only_the_loss_is_held_and_the_hidden_states_go() -> None:
+    """Without gradients the lazy logits alone hold the hidden states."""
+    model, inputs = hf("llama").eval(), hf_inputs("llama")
+    with torch.no_grad():
+        out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
+    hidden = [weakref.ref(t) for t in out.logits._deferred.head.inputs]
+    loss = out.loss
+    del out
+    gc.collect()
+    assert all(t() is None for t in hidden)
+    assert loss.isfinite()
+
+
+def test_reading_lets_the_hidden_states_go() -> None:
+    _, compiled, x, labels = head_and_loss()
+    logits = compiled(x, labels)[1]
+    head = weakref.ref(logits._deferred.head)
+    logits.argmax(-1)
+    gc.collect()
+    assert head() is None
+
+
+def test_loaded_logits_are_ordinary() -> None:
+    _, out, expected = outputs()
+    buffer = io.BytesIO()
+    torch.save(out.logits, buffer)
+    buffer.seek(0)
+    for found in (torch.load(buffer), pickle.loads(pickle.dumps(out.logits)), copy.deepcopy(out.logits.detach())):
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, expected)
+
+
+def test_places_in_the_output() -> None:
+    _, out, expected = outputs()
+    assert torch.is_tensor(out.logits)
+    assert isinstance(out[1], LazyLogits)
+    assert isinstance(out.to_tuple()[1], LazyLogits)
+    leaves, spec = torch.utils._pytree.tree_flatten(dict(out))
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert isinstance(again["logits"], LazyLogits)
+    assert again["logits"]._deferred.value is None
+    torch.testing.assert_close(again["logits"].detach() + 0, expected)
+
+
+def test_gathering(tmp_path: Any) -> None:
+    import torch.distributed as dist
+
+    _, compiled, x, labels = head_and_loss()
+    with torch.no_grad():
+        logits = compiled(x, labels)[1]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = [torch.empty(2, 23, 61)]
+        dist.all_gather(found, logits)
+        torch.testing.assert_close(found[0], logits + 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_accelerate_keeps_them_lazy() -> None:
+    operations = pytest.importorskip("accelerate.utils.operations")
+    _, out, expected = outputs()
+    wide = operations.convert_to_fp32(out)
+    assert isinstance(wide.logits, LazyLogits)
+    assert wide.logits._deferred.value is None
+    for found in (operations.gather(wide.logits), operations.pad_across_processes(wide.logits, dim=1)):
+        torch.testing.assert_close(found.detach() + 0, expected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_evaluates(tmp_path: Any, bf16: bool) -> None:
+    pytest.importorskip("accelerate")
+    import transformers as t
+
+    model = hf("llama")
+    rows = [{k: v[0] for k, v in hf_inputs("llama", 1).items()} for _ in range(5)]
+    seen = []
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        arguments = t.TrainingArguments(
+            str(tmp_path),
+            per_device_eval_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            bf16=bf16,
+            eval_do_concat_batches=True,
+        )
+        if compile_it:
+            model.compile(backend="mst", options=OPTIONS)
+        metrics: dict[str, Any] = {}
+        trainer = t.Trainer(
+            model, arguments, eval_dataset=rows,
+            compute_metrics=lambda p, m=metrics: m.update(shape=p.predictions.shape) or {"sum": p.predictions.sum()},
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        )  # fmt: skip
+        found = trainer.evaluate()
+        trainer = t.Trainer(model, arguments, eval_dataset=rows)
+        logits = trainer.predict(rows).predictions
+        seen.append((metrics["shape"], found["eval_sum"], found["eval_loss"], logits))
+    assert seen[0][0] == seen[1][0] == (5, 23)
+    assert abs(seen[0][2] - seen[1][2]) < (2e-2 if bf16 else 1e-5)
+    np.testing.assert_allclose(seen[1][3], seen[0][3], atol=2e-2 if bf16 else 1e-5)
+    if not bf16:
+        assert seen[0][1] == seen[1][1]

@@ -1,5 +1,7 @@
 """The registered ops by themselves: torch's own checks and gradients in fp64."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx
@@ -7,7 +9,9 @@ from torch import fx
 from mst_fx.body import Body, InputSpec
 from mst_fx.chunking import Context, compile_region
 from mst_fx.config import Config
+from mst_fx.inductor import finish_kernels
 from mst_fx.plan import ChunkPlan
+from mst_fx.random import KEEP_MASK
 
 aten = torch.ops.aten
 C, H, I = 4, 3, 5  # noqa: E741
@@ -30,9 +34,11 @@ def swiglu_body(dtype: torch.dtype, frozen: bool = False) -> Body:
     return Body(module, (InputSpec((H,), dtype, cpu, None, True),), (shared(I, H), shared(H, I), shared(H)), False)
 
 
-def register(body: Body, op: str, accumulate: str = "float32") -> str:
-    context = Context(Config(compiler="aot_eager", accumulate=accumulate), None)  # type: ignore[arg-type]
-    return compile_region(body, op, ChunkPlan(C, 2, 0, 0), context)
+def register(body: Body, op: str, accumulate: str = "float32", compiler: str = "aot_eager") -> str:
+    context = Context(Config(compiler=compiler, accumulate=accumulate), None)  # type: ignore[arg-type]
+    name = compile_region(body, op, ChunkPlan(C, 2, 0, 0), context)
+    finish_kernels()
+    return name
 
 
 def values(tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -41,7 +47,7 @@ def values(tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return x, weights
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 4, 9])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 8, 9])
 def test_map_gradients_in_fp64(tokens: int) -> None:
     name = register(swiglu_body(torch.float64), "map")
     x, weights = values(tokens)
@@ -63,10 +69,80 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x: torch.ops.mst_fx.map([x], weights, None, name, C)[0], (x,))
 
 
-def test_opcheck() -> None:
-    name = register(swiglu_body(torch.float64), "map")
-    x, weights = values(9)
+def loss_body(dropout: bool = False) -> Body:
+    """Cross-entropy of ``[C, H] @ [H, V]``, one label in three ignored; maybe with dropout on the logits."""
+    graph = fx.Graph()
+    x, labels, head = (graph.placeholder(n) for n in ("x", "labels", "head"))
+    logits = graph.call_function(aten.mm.default, (x, graph.call_function(aten.t.default, (head,))))
+    if dropout:
+        mask = graph.call_function(KEEP_MASK, (logits, graph.placeholder("seed"), 0, 0.5))
+        logits = graph.call_function(aten.mul.Tensor, (logits, mask))
+    logp = graph.call_function(aten._log_softmax.default, (logits, 1, False))
+    loss = graph.call_function(aten.nll_loss_forward.default, (logp, labels, None, 0, -100))
+    graph.output((graph.call_function(operator.getitem, (loss, 0)),))
+    cpu = torch.device("cpu")
+    rows = (InputSpec((H,), torch.float64, cpu, None, True), InputSpec((), torch.int64, cpu))
+    shared = (InputSpec((I, H), torch.float64, cpu, (H, 1), True),)
+    return Body(fx.GraphModule(torch.nn.Module(), graph), rows, shared, dropout)
+
+
+def loss_values(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    labels = torch.randint(0, I, (tokens,))
+    labels[::3] = -100
+    x, head = (torch.randn(n, H, dtype=torch.float64, requires_grad=True) for n in (tokens, I))
+    return x, labels, head
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("op", ["sum", "map"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_loss_gradients_in_fp64(tokens: int, op: str, dropout: bool) -> None:
+    name = register(loss_body(dropout), op)
+    x, labels, head = loss_values(tokens)
+    seed = torch.tensor(5) if dropout else None
+
+    def run(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        out = getattr(torch.ops.mst_fx, op)([x, labels], [head], seed, name, C)[0]
+        return out if op == "sum" else out.sum()
+
+    if not dropout:
+        expected = torch.nn.functional.cross_entropy(x @ head.T, labels, reduction="sum")
+        torch.testing.assert_close(run(x, head), expected)
+    assert run(x, head).dtype == torch.float64
+    if tokens:
+        assert torch.autograd.gradcheck(lambda x, h: 3 * run(x, h), (x, head))
+    else:
+        (grad,) = torch.autograd.grad(run(x, head), head)
+        assert torch.equal(grad, torch.zeros_like(head))
+
+
+def test_unused_results_and_a_missing_gradient() -> None:
+    """The sum's gradients are no outputs to differentiate; a loss nobody uses gives none."""
+    x, labels, head = loss_values(9)
+    name = register(loss_body(), "sum")
+    total, *gradients = torch.ops.mst_fx.sum([x, labels], [head], None, name, C)
+    assert total.requires_grad
+    assert not any(g.requires_grad for g in gradients)
+    assert torch.autograd.grad((total * 0 + x.sum()), [x, head])[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_opcheck(compiler: str, tokens: int) -> None:
+    """Schemas, fake kernels, autograd registration and AOT dispatch, with bodies as the backend compiles them."""
+    name = register(swiglu_body(torch.float64), "map", compiler=compiler)
+    x, weights = values(tokens)
     torch.library.opcheck(torch.ops.mst_fx.map.default, ([x], weights, None, name, C))
+    frozen = [w.detach() for w in weights]
+    tangent = torch.randn(tokens, H, dtype=torch.float64)
+    arguments = ([tangent], [x.detach()], frozen, None, name, C)
+    torch.library.opcheck(torch.ops.mst_fx.map_backward.default, arguments)
+    x, labels, head = loss_values(tokens)
+    for dropout in (False, True):
+        name = register(loss_body(dropout), "sum", compiler=compiler)
+        seed = torch.tensor(5) if dropout else None
+        torch.library.opcheck(torch.ops.mst_fx.sum.default, ([x, labels], [head], seed, name, C))
+    torch.library.opcheck(torch.ops.mst_fx.keep_mask.default, (torch.empty(tokens, 5), torch.tensor(3), 1, 0.25))
 
 
 def test_names_follow_content() -> None:

@@ -1,0 +1,295 @@
+"""What people do with gradients: accumulate, ask for some, hook, freeze, differentiate twice."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mst_fx
+from tests.harness import EAGER
+from tests.models import LanguageModel, SwiGLU, token_inputs
+
+OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
+
+
+def compiled(model: Any, **kwargs: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="mst", options=OPTIONS, **kwargs)
+
+
+def both(model: nn.Module, run: Callable[[Callable[..., Any]], Any], **kwargs: Any) -> None:
+    """Run with the plain and with the compiled model; results and parameters' gradients must agree."""
+    found = []
+    for fn in (model, compiled(model, **kwargs)):
+        model.zero_grad(set_to_none=True)
+        result = run(fn)
+        found.append((result, {n: p.grad for n, p in model.named_parameters()}))
+    assert mst_fx.reports()[-1].chunked, str(mst_fx.reports()[-1])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_accumulate() -> None:
+    torch.manual_seed(1)
+    batches = [token_inputs(2, s) for s in (23, 23, 31)]
+
+    def run(fn: Callable[..., Any]) -> Any:
+        losses = []
+        for i, batch in enumerate(batches):
+            loss = fn(**batch) / (i + 1)
+            loss.backward()
+            losses.append(loss.detach())
+        return losses
+
+    both(LanguageModel(SwiGLU()), run)
+
+
+def test_two_losses_before_one_backward() -> None:
+    one, two = token_inputs(), token_inputs()
+
+    def run(fn: Callable[..., Any]) -> Any:
+        total = fn(**one) + 3 * fn(**two)
+        total.backward()
+        return total.detach()
+
+    both(LanguageModel(SwiGLU()), run)
+
+
+@pytest.mark.parametrize("setting", ["forward", "recompute"])
+def test_retained_graph_is_walked_twice(setting: str) -> None:
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+
+    def run(fn: Callable[..., Any]) -> Any:
+        loss = fn(**inputs)
+        loss.backward(retain_graph=True)
+        first = {n: p.grad.clone() for n, p in model.named_parameters()}
+        (2 * loss).backward()
+        return first
+
+    found = []
+    options = {**OPTIONS, "mst.loss_gradient": setting}
+    for fn in (model, torch.compile(model, backend="mst", options=options)):
+        model.zero_grad(set_to_none=True)
+        found.append((run(fn), {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0])
+
+
+class FromEmbeddings(LanguageModel):
+    """The same model, from hidden states."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2), labels.reshape(-1))
+
+
+def embedded() -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(2, 23, 16, requires_grad=True), "labels": torch.randint(0, 61, (2, 23))}
+
+
+def test_gradients_of_inputs_and_of_some_parameters() -> None:
+    model, inputs = FromEmbeddings(SwiGLU()), embedded()
+
+    def run(fn: Callable[..., Any]) -> Any:
+        some = [inputs["x"], model.head.weight, model.blocks[0].up.weight]
+        return torch.autograd.grad(fn(**inputs), some)
+
+    both(model, run)
+
+
+@pytest.mark.parametrize("frozen", ["embed", "head", "blocks", "norm", "blocks.0.up", "blocks.0.down", "head,norm"])
+def test_frozen_parts_get_none(frozen: str) -> None:
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    for name in frozen.split(","):
+        model.get_submodule(name).requires_grad_(False)
+
+    def run(fn: Callable[..., Any]) -> Any:
+        loss = fn(**inputs)
+        loss.backward()
+        return loss.detach()
+
+    both(model, run)
+
+
+def test_everything_frozen_but_the_input() -> None:
+    model, inputs = FromEmbeddings(SwiGLU()).requires_grad_(False), embedded()
+    both(model, lambda fn: torch.autograd.grad(fn(**inputs), inputs["x"]))
+
+
+def test_frozen_and_thawed_between_steps() -> None:
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+
+    def run(fn: Callable[..., Any]) -> Any:
+        seen = []
+        for name in ("head", "blocks", None, "blocks.0.up"):
+            model.requires_grad_(True)
+            if name:
+                model.get_submodule(name).requires_grad_(False)
+            model.zero_grad(set_to_none=True)
+            fn(**inputs).backward()
+            seen.append({n: p.grad for n, p in model.named_parameters()})
+        return seen
+
+    both(model, run)
+
+
+def test_input_that_needs_a_gradient_only_sometimes() -> None:
+    model, inputs = FromEmbeddings(SwiGLU()).requires_grad_(False), embedded()
+    model.head.requires_grad_(True)
+
+    def run(fn: Callable[..., Any]) -> Any:
+        seen = []
+        for needs in (False, True, False):
+            x = inputs["x"].detach().requires_grad_(needs)
+            fn(x, inputs["labels"]).backward()
+            seen.append(x.grad)
+        return seen
+
+    both(model, run)
+
+
+def test_hooks_see_and_change_each_gradient_once() -> None:
+    model, inputs = FromEmbeddings(SwiGLU()), embedded()
+    seen: list[list[str]] = []
+
+    def run(fn: Callable[..., Any]) -> Any:
+        calls: list[str] = []
+        handles = [inputs["x"].register_hook(lambda g: calls.append("input") or g * 2)]
+        for name, p in model.named_parameters():
+            if p.requires_grad and not name.startswith("embed"):
+                handles.append(p.register_hook(lambda g, n=name: calls.append(n) or g * 3))
+                handles.append(p.register_post_accumulate_grad_hook(lambda p, n=name: calls.append(f"after {n}")))
+        inputs["x"].grad = None
+        loss = fn(**inputs)
+        loss.backward()
+        for handle in handles:
+            handle.remove()
+        seen.append(sorted(calls))
+        return inputs["x"].grad
+
+    both(model, run)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 1 + 2 * sum(not n.startswith("embed") for n, _ in model.named_parameters())
+
+
+def test_optimizer_in_the_hooks() -> None:
+    """The optimizer steps as soon as a gradient is there, and drops it."""
+    torch.manual_seed(3)
+    inputs, found = token_inputs(), []
+    start = LanguageModel(SwiGLU()).state_dict()
+    for compile_it in (False, True):
+        model = LanguageModel(SwiGLU())
+        model.load_state_dict(start)
+        fn = compiled(model) if compile_it else model
+
+        def step(p: torch.Tensor) -> None:
+            with torch.no_grad():
+                p.sub_(p.grad, alpha=0.1)
+            p.grad = None
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        losses = []
+        for _ in range(3):
+            loss = fn(**inputs)
+            loss.backward()
+            losses.append(loss.detach())
+        found.append((losses, dict(model.named_parameters())))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_tied_weights() -> None:
+    class Tied(LanguageModel):
+        def __init__(self) -> None:
+            super().__init__(SwiGLU(), SwiGLU())
+            self.head.weight = self.embed.weight
+            self.blocks[1].up.weight = self.blocks[0].gate.weight
+
+    inputs = token_inputs()
+    both(Tied(), lambda fn: fn(**inputs).backward())
+
+
+@pytest.mark.parametrize("scale", [65536.0, 2.0**40, 2.0**-40])
+def test_scaled_loss(scale: float) -> None:
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    grads = []
+    for fn in (model, compiled(model)):
+        model.zero_grad(set_to_none=True)
+        (fn(**inputs) * scale).backward()
+        grads.append([p.grad / scale for p in model.parameters()])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_double_backward_is_refused() -> None:
+    model, inputs = FromEmbeddings(SwiGLU()), embedded()
+    (grad,) = torch.autograd.grad(compiled(model)(**inputs), inputs["x"], create_graph=True)
+    penalty = grad.square().sum()
+    with pytest.raises(RuntimeError, match="double backward"):
+        penalty.backward()
+
+
+def loss_of(weights: dict[str, torch.Tensor], x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    y = F.linear(F.gelu(F.linear(x, weights["up"])), weights["down"])
+    return F.cross_entropy(F.linear(x + y, weights["head"]).flatten(0, 1), labels.flatten())
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {k: torch.randn(*s) * 0.3 for k, s in {"up": (48, 16), "down": (16, 48), "head": (61, 16)}.items()}
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.grad_and_value, torch.func.vjp, torch.func.jacrev])
+def test_function_transforms_inside_the_compiled_function(transform: Any) -> None:
+    inputs, w = embedded(), weights()
+    x, labels = inputs["x"].detach(), inputs["labels"]
+
+    def run(w: Any) -> Any:
+        if transform is torch.func.vjp:
+            value, back = torch.func.vjp(lambda v: loss_of(v, x, labels), w)
+            return value, back(torch.ones_like(value))
+        return transform(loss_of)(w, x, labels)
+
+    torch.testing.assert_close(compiled(run)(w), run(w))
+
+
+def test_vmap_inside_the_compiled_function() -> None:
+    w = weights()
+    x, labels = torch.randn(3, 2, 23, 16), torch.randint(0, 61, (3, 2, 23))
+
+    def run(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(lambda a, b: loss_of(w, a, b))(x, labels)
+
+    torch.testing.assert_close(compiled(run)(x, labels), run(x, labels))
+
+
+def test_per_sample_gradients() -> None:
+    w = weights()
+    x, labels = torch.randn(3, 1, 23, 16), torch.randint(0, 61, (3, 1, 23))
+
+    def run(w: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return torch.func.vmap(torch.func.grad(loss_of), (None, 0, 0))(w, x, labels)
+
+    torch.testing.assert_close(compiled(run)(w, x, labels), run(w, x, labels))
+
+
+def test_forward_mode_inside_the_compiled_function() -> None:
+    inputs, w = embedded(), weights()
+    x, labels = inputs["x"].detach(), inputs["labels"]
+
+    def run(x: torch.Tensor, t: torch.Tensor) -> Any:
+        return torch.func.jvp(lambda v: loss_of(w, v, labels), (x,), (t,))
+
+    t = torch.randn_like(x)
+    torch.testing.assert_close(compiled(run)(x, t), run(x, t))
+
+
+def test_gradient_taken_inside_the_compiled_function() -> None:
+    """``torch.autograd.grad`` in the function: Dynamo traces it or breaks the graph; the numbers hold either way."""
+    inputs, w = embedded(), {k: v.requires_grad_() for k, v in weights().items()}
+    x, labels = inputs["x"].detach(), inputs["labels"]
+
+    def run(x: torch.Tensor) -> Any:
+        loss = loss_of(w, x, labels)
+        return (loss.detach(), *torch.autograd.grad(loss, list(w.values())))
+
+    torch.testing.assert_close(compiled(run)(x), run(x))
