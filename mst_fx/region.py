@@ -199,6 +199,8 @@ class Walk:
         if contracts_over_tokens(x):
             return "the projection itself mixes tokens: what it sums over was a token dimension before a transpose"
         subclass = next((type(v).__name__ for v in (fake_tensor(x), fake_tensor(weight)) if not is_plain_fake(v)), None)
+        if subclass == "Tensor":
+            return "it is inside a transform of torch.func (grad, vmap, jvp), which is not supported"
         if subclass is not None:
             return f"a {subclass} is a tensor subclass, which is not supported"
         if layout_root(weight).op not in ("placeholder", "get_attr") and not is_parameter_like(weight, self.outer):

@@ -260,6 +260,7 @@ def test_vmap_inside_the_compiled_function() -> None:
         return torch.func.vmap(lambda a, b: loss_of(w, a, b))(x, labels)
 
     torch.testing.assert_close(compiled(run)(x, labels), run(x, labels))
+    assert "torch.func" in str(mst_fx.reports()[-1])
 
 
 def test_per_sample_gradients() -> None:

@@ -26,6 +26,18 @@ def outputs(**options: Any) -> tuple[torch.nn.Module, Any, torch.Tensor]:
     return model, torch.compile(model, backend="mst", options={**OPTIONS, **options})(**inputs), expected
 
 
+def head_and_loss(**options: Any) -> tuple[Callable[..., Any], Any, torch.Tensor, torch.Tensor]:
+    """A function of hidden states, its compiled form, and its inputs."""
+    head = torch.nn.Linear(16, 61)
+
+    def fn(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(x)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    compiled = torch.compile(fn, backend="mst", options={**OPTIONS, **options})
+    return fn, compiled, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))
+
+
 def test_looks_like_logits_and_computes_when_touched() -> None:
     _, out, expected = outputs()
     logits = out.logits
@@ -78,8 +90,8 @@ def test_stays_lazy_through_detach_float_to() -> None:
     ],
 )
 def test_any_use_works(use: Any) -> None:
-    _, out, _ = outputs()
-    use(out.logits)
+    _, compiled, x, labels = head_and_loss()
+    use(compiled(x, labels)[1])
 
 
 def test_raises_after_the_weights_have_changed() -> None:
@@ -164,18 +176,6 @@ def test_autocast() -> None:
         out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
     assert out.logits.dtype == expected.dtype
     torch.testing.assert_close(out.logits.detach() + 0, expected.detach(), atol=2e-2, rtol=2e-2)
-
-
-def head_and_loss(**options: Any) -> tuple[Callable[..., Any], Any, torch.Tensor, torch.Tensor]:
-    """A function of hidden states, its compiled form, and its inputs."""
-    head = torch.nn.Linear(16, 61)
-
-    def fn(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(x)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
-
-    compiled = torch.compile(fn, backend="mst", options={**OPTIONS, **options})
-    return fn, compiled, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))
 
 
 @pytest.mark.parametrize(
