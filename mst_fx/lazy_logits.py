@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -39,6 +39,14 @@ class LogitsSpec:
     """Permutation from (tokens, features) to the logits' own dimensions."""
     dtype: torch.dtype = torch.float32
     requires_grad: bool = False
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _opaque(fn: _F) -> _F:
+    """Let Dynamo break the graph at a call, where another compiled function meets lazy logits, rather than trace it."""
+    return torch.compiler.disable(fn)  # pyright: ignore
 
 
 class _Head:
@@ -146,7 +154,7 @@ class LazyLogits(torch.Tensor):
     _real: torch.Tensor | None
 
     @staticmethod
-    @torch.compiler.disable
+    @_opaque
     def __new__(cls, deferred: _Deferred, shape: Sequence[int], device: torch.device, grad: bool) -> LazyLogits:
         """Make a tensor of the deferred shape that owns no storage."""
         self = torch.Tensor._make_wrapper_subclass(
@@ -161,16 +169,17 @@ class LazyLogits(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """Return the logits as an ordinary tensor, the same one every time."""
-        if self._real is None:
-            real = self._deferred.compute().detach()
-            if self.requires_grad:
-                with torch.enable_grad():
-                    real = _NoGradient.apply(real, torch.empty((), requires_grad=True))
-            self._real = real
-        return self._real
+        if self._real is not None:
+            return self._real
+        real = self._deferred.compute().detach()
+        if self.requires_grad:
+            with torch.enable_grad():
+                real: torch.Tensor = _NoGradient.apply(real, torch.empty((), requires_grad=True))  # pyright: ignore
+        self._real = real
+        return real
 
     @classmethod
-    @torch.compiler.disable
+    @_opaque
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         lazy = args[0] if args and isinstance(args[0], LazyLogits) and args[0]._real is None else None
@@ -188,7 +197,7 @@ class LazyLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    @torch.compiler.disable
+    @_opaque
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default and args[0]._real is None:
             return LazyLogits(args[0]._deferred, args[0].shape, args[0].device, False)
