@@ -1,7 +1,7 @@
 """Train language models on longer sequences: ``torch.compile(model, backend="mst")``.
 
 Importing this package is not needed for that. It offers ``explain`` and ``reports``, which say what the
-backend did and why.
+backend did and why, and ``minisequence``, which turns checkpointing on and compiles in one call.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from mst_fx.report import Report as Report
 if TYPE_CHECKING:
     from mst_fx.dry_run import explain as explain
     from mst_fx.promise import tokenwise as tokenwise
+    from mst_fx.recipe import minisequence as minisequence
 
 __version__ = version("mst_fx")
-__all__ = ["RegionReport", "Report", "__version__", "explain", "reports", "tokenwise"]
+__all__ = ["RegionReport", "Report", "__version__", "explain", "minisequence", "reports", "tokenwise"]
 
 
 def reports() -> list[Report]:
@@ -32,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from mst_fx.dry_run import explain
 
         return explain
+    if name == "minisequence":
+        from mst_fx.recipe import minisequence
+
+        return minisequence
     if name == "tokenwise":
         from mst_fx.promise import tokenwise
 

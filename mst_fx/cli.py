@@ -31,11 +31,19 @@ from mst_fx.report import Report
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1 on failure, 2 on a mistake in the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["finetune"]:  # its flags are those of Trainer
+        return _answer("finetune", lambda: _finetune(argv[1:]))
     args = _parser().parse_args(argv)
+    return _answer(args.command, lambda: args.run(args))
+
+
+def _answer(command: str, run: Callable[[], int]) -> int:
     try:
-        return int(args.run(args))
+        return int(run())
     except (UsageError, OptionError) as e:
-        print(f"mst-fx {args.command}: {e}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0:  # under a launcher all processes say the same
+            print(f"mst-fx {command}: {e}", file=sys.stderr)
         return 2
 
 
@@ -62,7 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--compiler", choices=["aot_eager", "inductor"], help="what compiles both for --check")
     diff.add_argument("--tolerance", type=float, help="how much larger our relative error may be, for --check")
     diff.set_defaults(run=_diff)
+    commands.add_parser(
+        "finetune", help="fine-tune a causal LM at a long context; takes Trainer's flags", add_help=False
+    )
     return parser
+
+
+def _finetune(argv: list[str]) -> int:
+    try:
+        from mst_fx.finetune.train import run_finetune
+    except ImportError as e:
+        raise UsageError(f"{e}; install the extra: pip install 'mst_fx[finetune]'") from e
+    return run_finetune(argv)
 
 
 def _model_arguments() -> argparse.ArgumentParser:

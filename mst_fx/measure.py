@@ -34,12 +34,19 @@ def peak_over_start(run: Callable[[], Any], device: str) -> tuple[int, Any]:
         start = _status("VmRSS")
         result = run()
         return _status("VmHWM") - start, result
+    start = highest_memory(device)
+    result = run()
+    return highest_memory(device) - start, result
+
+
+def highest_memory(device: str) -> int:
+    """Return the most bytes this process has had: allocated by torch on a CUDA device, resident on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     import resource
 
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = run()
     unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * unit, result
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _status(key: str) -> int:

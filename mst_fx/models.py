@@ -17,6 +17,7 @@ import torch
 
 from mst_fx.config import Config, did_you_mean
 from mst_fx.inductor import fake_tensors, option_names
+from mst_fx.recipe import enable_checkpointing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -209,10 +210,13 @@ def _from_hf(spec: ModelSpec) -> Subject:
             else:
                 model = auto.from_config(config, **({"dtype": dtype} if dtype else {}))
     except Exception as e:
-        raise UsageError(f"--hf {spec.hf}: the model can't be made: {_first_line(e)}") from e
+        raise UsageError(f"--hf {spec.hf}: the model can't be made: {first_line(e)}") from e
     model.train()
     if spec.checkpointing:
-        enable_checkpointing(model)
+        try:
+            enable_checkpointing(model)
+        except ValueError as e:
+            raise UsageError(f"--checkpointing: {first_line(e)}") from e
     vocab = config.get_text_config().vocab_size
     shape = (spec.batch or 1, spec.seq_len or 1024)
     ids = torch.randint(0, vocab, shape, device=spec.device or "cpu")
@@ -229,7 +233,7 @@ def _config(spec: ModelSpec, folder: pathlib.Path) -> Any:
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             kind = values.pop("model_type")
         except (OSError, ValueError, KeyError) as e:
-            raise UsageError(f"--hf {spec.hf}: the folder has no usable config.json ({_first_line(e)})") from e
+            raise UsageError(f"--hf {spec.hf}: the folder has no usable config.json ({first_line(e)})") from e
     elif os.sep in kind:
         raise UsageError(f"--hf {kind}: there is no such folder")
     if kind not in CONFIG_MAPPING:
@@ -238,7 +242,7 @@ def _config(spec: ModelSpec, folder: pathlib.Path) -> Any:
     try:
         known = {*made().to_dict(), *made.attribute_map}
     except Exception as e:
-        raise UsageError(f"--hf {kind}: its config has no defaults ({_first_line(e)})") from e
+        raise UsageError(f"--hf {kind}: its config has no defaults ({first_line(e)})") from e
     for key in spec.settings:
         if key not in known:
             raise UsageError(f"--set: {kind} has no config value {key!r}.{did_you_mean(key, known)}")
@@ -246,22 +250,10 @@ def _config(spec: ModelSpec, folder: pathlib.Path) -> Any:
         # Values go through the constructor: others are derived from them there, e.g. head_dim.
         return made(**{**values, **spec.settings})
     except Exception as e:
-        raise UsageError(f"--set: {kind} does not accept these values: {_first_line(e)}") from e
+        raise UsageError(f"--set: {kind} does not accept these values: {first_line(e)}") from e
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Turn gradient checkpointing on, by the name that this version of Transformers has for it.
-
-    Raises:
-        UsageError: If the model does not support it.
-    """
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable()
-    except ValueError as e:
-        raise UsageError(f"--checkpointing: {_first_line(e)}") from e
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an error as its name and its first line that is not blank."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

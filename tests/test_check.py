@@ -6,7 +6,7 @@ from torch import nn
 
 import mst_fx.ops as ops
 from mst_fx.check import Check, IncomparableError, check
-from mst_fx.models import enable_checkpointing
+from mst_fx.recipe import enable_checkpointing
 from tests.models import Between, H, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}

@@ -1,0 +1,69 @@
+"""What can't work is said in one line, before a tensor is on a device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from mst_fx.finetune.arguments import ModelArguments
+from mst_fx.models import UsageError, first_line
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def load_config(args: ModelArguments) -> Any:
+    """Read the model's config and hold the command line against it.
+
+    Raises:
+        UsageError: If there is no such model, it has no weights, or its positions do not reach.
+    """
+    name = args.model_name_or_path
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"--model_name_or_path {name}: the folder has no config.json")
+        if not any(p.stat().st_size for pattern in _WEIGHTS for p in folder.glob(pattern)):
+            raise UsageError(f"--model_name_or_path {name}: the folder has no weights ({' or '.join(_WEIGHTS)})")
+    elif looks_like_path(name):
+        raise UsageError(f"--model_name_or_path {name}: there is no such folder")
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as e:
+        where = "the folder's config can't be read" if folder.is_dir() else "neither a folder here nor on the hub"
+        raise UsageError(f"--model_name_or_path {name}: {where} ({first_line(e)})") from e
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    length = args.model_max_length
+    if length < 2:
+        raise UsageError(f"--model_max_length {length}: a sequence needs at least 2 tokens")
+    if positions and length > positions:
+        raise UsageError(
+            f"--model_max_length {length} is beyond the model's {positions} positions (max_position_embeddings); "
+            f"take at most {positions}, or a model whose config stretches them (rope scaling)"
+        )
+    return config
+
+
+def load_tokenizer(args: ModelArguments, config: Any) -> Any:
+    """Load the tokenizer that belongs to the model.
+
+    Raises:
+        UsageError: If there is none, or it has tokens that the model does not have.
+    """
+    name = args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir)
+    except (OSError, ValueError, ImportError) as e:
+        raise UsageError(f"--model_name_or_path {name}: no usable tokenizer ({first_line(e)})") from e
+    vocab = config.get_text_config().vocab_size
+    if len(tokenizer) > vocab:
+        raise UsageError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab}")
+    return tokenizer
+
+
+def looks_like_path(name: str) -> bool:
+    """Return whether a name can only be meant as a path: the hub's are ``name`` or ``owner/name``."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or (os.sep == "\\" and "\\" in name)

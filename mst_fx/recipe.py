@@ -1,0 +1,42 @@
+"""The recipe of Mini-Sequence Transformer in one line: gradient checkpointing, then the backend."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def minisequence(model: Model, *, checkpointing: bool = True, **compile_kwargs: Any) -> Model:
+    """Turn gradient checkpointing on where the model has it, compile it in place with ``mst``, and return it.
+
+    It stays the same object: its type, its parameters and the keys of its state dict do not change, and
+    ``save_pretrained``, ``Trainer`` and PEFT see the model they know. Nothing is compiled before its first call.
+
+    Args:
+        model: Any module. Models of Transformers, with adapters of PEFT or without, have checkpointing to turn on.
+        checkpointing: Whether to.
+        **compile_kwargs: For ``torch.compile``: ``options`` (``mst.*`` and Inductor's), ``mode``, ``dynamic``,
+            ``fullgraph``.
+    """
+    if checkpointing and has_checkpointing(model):
+        enable_checkpointing(model)
+    model.compile(backend="mst", **compile_kwargs)
+    return model
+
+
+def has_checkpointing(model: torch.nn.Module) -> bool:
+    """Return whether a model offers gradient checkpointing the way models of Transformers do."""
+    return bool(getattr(model, "supports_gradient_checkpointing", False))
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Turn gradient checkpointing on, by the name that this version of Transformers has for it.
+
+    Raises:
+        ValueError: If the model does not support it.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
