@@ -44,7 +44,7 @@ def make_model_folder(
     Args:
         folder: Where to.
         family: A model type of Transformers, from ``FAMILIES``.
-        vocab: Tokens.
+        vocab: Tokens of the tokenizer; the model has some more, for those that a family's tokenizer adds.
         positions: Longest sequence, where the model has such a bound.
         seed: Of the weights.
         **sizes: Config values that replace those of ``SIZE`` and ``FAMILIES``.
@@ -54,7 +54,7 @@ def make_model_folder(
     config = transformers.AutoConfig.for_model(
         family,
         **{
-            **SIZE, **FAMILIES[family], "vocab_size": len(tokenizer), "max_position_embeddings": positions,
+            **SIZE, **FAMILIES[family], "vocab_size": vocab + 64, "max_position_embeddings": positions,
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, **sizes,
         },
     )  # fmt: skip

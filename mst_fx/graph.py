@@ -45,7 +45,8 @@ def module_path(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""
-    path = re.sub(r"^L\['(\w+)'\]\.?", "", str(stack[-1][0]))
+    # Trainer wraps the forward for autocast: the model is the first of that function's arguments then.
+    path = re.sub(r"^L\['(args'\]\[\d+|\w+')\]\.?", "", str(stack[-1][0]))
     path = re.sub(r"\['?(\w+)'?\]", r".\1", path.replace("_modules.", "").replace("._modules", ""))
     return path.replace("_orig_mod.", "").strip(".")
 
