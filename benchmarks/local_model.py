@@ -55,7 +55,8 @@ def make_model_folder(
         family,
         **{
             **SIZE, **FAMILIES[family], "vocab_size": vocab + 64, "max_position_embeddings": positions,
-            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, **sizes,
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None,
+            **sizes,
         },
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)

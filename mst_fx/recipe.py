@@ -20,7 +20,15 @@ def minisequence(model: Model, *, checkpointing: bool = True, **compile_kwargs: 
         checkpointing: Whether to.
         **compile_kwargs: For ``torch.compile``: ``options`` (``mst.*`` and Inductor's), ``mode``, ``dynamic``,
             ``fullgraph``.
+
+    Raises:
+        ValueError: If the module is one of torch's own containers, of which torch compiles nothing in place.
     """
+    if type(model).__module__.startswith("torch.nn."):
+        raise ValueError(
+            f"torch compiles nothing of a bare {type(model).__name__} in place; use "
+            'torch.compile(model, backend="mst"), or put it into a module of your own'
+        )
     if checkpointing and has_checkpointing(model):
         enable_checkpointing(model)
     model.compile(backend="mst", **compile_kwargs)
