@@ -73,5 +73,5 @@ def test_modules_without_checkpointing():
 
 
 def test_the_package_imports_nothing_heavy():
-    script = "import sys, mst_fx; assert 'torch' not in sys.modules and 'minisequence' in mst_fx.__all__"
+    script = "import sys, mst_fx; assert not {'torch._dynamo', 'transformers', 'mst_fx.recipe'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -187,7 +187,7 @@ def test_lightning(tmp_path):
 # -- PEFT --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peft_lora_trains_merges_and_saves(tmp_path, checkpointing):
     need("peft")
     import peft
@@ -198,8 +198,10 @@ def test_peft_lora_trains_merges_and_saves(tmp_path, checkpointing):
         return train(model, tmp_path, compiled, gradient_checkpointing=checkpointing)
 
     plain, ours = run(False), run(True)
-    report = mst_fx.reports()[0]
+    # Checkpointing sets requires_grad on the output of the frozen embedding, at which Dynamo breaks: three graphs.
+    report = mst_fx.report.join_reports(mst_fx.reports())
     assert (chunked(report, "mlp"), chunked(report, "loss")) == (2, 1)
+    assert len(mst_fx.reports()) == (3 if checkpointing else 1)
     assert history(ours) == pytest.approx(history(plain), rel=1e-5)
     same_weights(ours.model, plain.model, 1e-4)
     ours.save_model(str(tmp_path / "adapter"))
@@ -265,6 +267,7 @@ def test_trl_sft(tmp_path, tokenizer, lora):
     same_weights(ours.model, plain.model, 1e-3)
 
 
+@pytest.mark.slow
 def test_trl_dpo(tmp_path, tokenizer):
     need("trl")
     import datasets

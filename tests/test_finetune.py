@@ -1,0 +1,359 @@
+"""``mst-fx finetune``: the reference's command as printed, its data, its answers to mistakes."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+import mst_fx
+from benchmarks.local_model import FAMILIES, make_model_folder
+from mst_fx.cli import main
+from mst_fx.finetune import data
+from mst_fx.finetune.attention import choose_attention
+from mst_fx.finetune.data import find_source, pack, tokenized
+from mst_fx.models import UsageError
+from tests.harness import chunked, error
+
+# As the reference prints it; the paths stand for the user's own.
+REFERENCE = """
+    --model_name_or_path meta-llama/Meta-Llama-3.1-8B
+    --bf16 True
+    --output_dir path_to_saving_checkpoints
+    --cache_dir path_to_cache
+    --model_max_length 32768
+    --use_flash_attn True
+    --low_rank_training False
+    --num_train_epochs 1
+    --per_device_train_batch_size 1
+    --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 8
+    --evaluation_strategy "no"
+    --save_strategy "steps"
+    --save_steps 1000
+    --save_total_limit 2
+    --learning_rate 2e-5
+    --weight_decay 0.0
+    --warmup_steps 20
+    --lr_scheduler_type "constant_with_warmup"
+    --logging_steps 1
+    --low_rank_training False
+    --max_steps 1000
+"""
+FAST = ["--option", "compiler=aot_eager", "chunk_tokens=32"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(family):
+        if not (folder / family).exists():
+            make_model_folder(folder / family, family, vocab=384, positions=128)
+        return folder / family
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Real text: a module of the standard library."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(pathlib.Path(json.__file__).read_text() * 2)
+    return path
+
+
+def command(model, folder, dataset, *more, steps=2):
+    """Return the reference's command line with local paths, at a length that the small model has."""
+    local = {
+        "meta-llama/Meta-Llama-3.1-8B": str(model), "path_to_saving_checkpoints": str(folder / "out"),
+        "path_to_cache": str(folder / "cache"), "32768": "128", "1000": str(steps),
+    }  # fmt: skip
+    argv = [local.get(word, word) for word in shlex.split(REFERENCE)]
+    argv += ["--dataset", str(dataset)] if dataset else []
+    return ["finetune", *argv, *FAST, "--disable_tqdm", "True", *more]
+
+
+def history(folder):
+    return json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_reference_command_as_printed(models, tmp_path, text, capfd):
+    assert main(command(models("llama"), tmp_path, text)) == 0
+    out = tmp_path / "out"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    before = transformers.AutoModelForCausalLM.from_pretrained(models("llama"))
+    assert list(loaded.state_dict()) == list(before.state_dict())
+    assert loaded.dtype == torch.bfloat16
+    assert any(error(p, q.double()) > 1e-6 for p, q in zip(loaded.parameters(), before.parameters(), strict=True))
+    assert transformers.AutoTokenizer.from_pretrained(out)("x")["input_ids"]
+    assert (out / "loss.png").stat().st_size > 5000
+    assert (out / "checkpoint-2").is_dir()
+    lines = [row for row in history(tmp_path) if "loss" in row]
+    assert len(lines) == 2
+    assert all(row["tokens_per_second"] > 0 and 0.05 < row["peak_memory_gib"] < 64 for row in lines)
+    said = capfd.readouterr().err
+    assert "flash-attn is not installed" in said or "attention: flash-attn" in said
+    assert "mst: 3 of 3 regions chunked" in said
+    report = mst_fx.reports()[0]
+    assert (chunked(report, "mlp"), chunked(report, "loss")) == (2, 1)
+
+
+def test_low_rank_training(models, tmp_path, text, capfd):
+    peft = pytest.importorskip("peft")
+    argv = command(models("llama"), tmp_path, text, "--low_rank_training", "True", "--bf16", "False")
+    assert main([*argv, "--learning_rate", "1e-2", "--warmup_steps", "0"]) == 0
+    assert "LoRA:" in capfd.readouterr().err
+    base = transformers.AutoModelForCausalLM.from_pretrained(models("llama"))
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    merged = adapted.merge_and_unload()
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert error(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight.double()) > 1e-4
+    assert error(merged.lm_head.weight, base.lm_head.weight.double()) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_families(models, tmp_path, text, family):
+    length = ["--model_max_length", "64"] if family == "falcon_mamba" else []  # its scan is unrolled on a CPU
+    assert main(command(models(family), tmp_path, text, *length)) == 0
+    assert chunked(mst_fx.reports()[0], "loss") == 1
+    assert chunked(mst_fx.reports()[0], "mlp") == (0 if family == "falcon_mamba" else 2)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_evaluation_on_held_out_sequences(models, tmp_path, text):
+    argv = command(models("llama"), tmp_path, text, "--evaluation_strategy", "steps", "--eval_steps", "1")
+    assert main(argv) == 0
+    assert len([row for row in history(tmp_path) if "eval_loss" in row]) == 2
+
+
+# -- going on after a kill ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_as_unbroken(models, tmp_path, text):
+    """SIGKILL in mid-run; the next start with the same command goes on, to the same losses and weights."""
+    flags = ["--bf16", "False", "--save_steps", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2"]
+    flags += ["--warmup_steps", "0"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(command(models("llama"), whole, text, *flags, steps=12)) == 0
+
+    argv = command(models("llama"), broken, text, *flags, steps=12)
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen([sys.executable, "-m", "mst_fx.cli", *argv], env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 400
+    while not (broken / "out" / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "out" / "trainer_state.json").exists(), "it was killed in mid-run"
+    assert main(argv) == 0
+    losses = [[(r["step"], r["loss"]) for r in history(f) if "loss" in r] for f in (whole, broken)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 12
+    ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(f / "out").state_dict() for f in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
+    from mst_fx.finetune.train import _checkpoint
+
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    assert _checkpoint(args) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    assert _checkpoint(args) == str(tmp_path / "checkpoint-10")
+
+
+# -- launchers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    ["torch.distributed.run --nproc_per_node 2", "accelerate.commands.launch --cpu --num_processes 1"],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers(models, tmp_path, text, launcher):
+    argv = command(models("llama"), tmp_path, text)[1:]
+    env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "-m", "mst_fx.finetune", *argv],
+        env=env, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("regions chunked") == 1, "one process speaks for all"
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+# -- data --------------------------------------------------------------------------------------------
+
+
+def test_packing_leaves_out_the_tail_alone(models, tmp_path, monkeypatch):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models("llama"))
+    monkeypatch.setattr(data, "PIECE", 500)
+    monkeypatch.setattr(data, "BATCH", 3)
+    source = pathlib.Path(json.__file__).read_text()
+    (tmp_path / "a.txt").write_text(source)
+    rows = [{"body": source[i : i + 400], "n": i} for i in range(0, 4000, 400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    end = [tokenizer.eos_token_id]
+    pieces = list(data._joined((tmp_path / "a.txt").open()))
+    assert "".join(pieces) == source
+    assert len(pieces) > 3
+    whole = [t for p in pieces for t in tokenizer(p)["input_ids"]] + end
+    documents = [t for row in rows for t in [*tokenizer(row["body"])["input_ids"], *end]]
+    for name, tokens in (("a.txt", whole), ("a.jsonl", documents), ("a.parquet", documents)):
+        packed = pack(find_source(str(tmp_path / name), "body"), tokenizer, 64, str(tmp_path / "cache"), "s")
+        assert all(len(row["input_ids"]) == 64 for row in packed)
+        assert [t for row in packed for t in row["input_ids"]] == tokens[: len(tokens) // 64 * 64], name
+
+
+def test_packed_data_is_made_again_when_the_file_changes(models, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models("llama"))
+    path = tmp_path / "a.txt"
+    seen = []
+    for content in ("abc " * 200, "xyz " * 200, "xyz " * 200):
+        if not seen or content[0] != "x" or len(seen) == 1:
+            path.write_text(content)
+        packed = pack(find_source(str(path), "text"), tokenizer, 16, str(tmp_path / "cache"), "s")
+        seen.append((packed[0]["input_ids"], packed.cache_files[0]["filename"]))
+    assert seen[0] != seen[1]
+    assert seen[1] == seen[2]
+
+
+def test_a_tokenizer_that_begins_texts_begins_each_document_once(models):
+    class Begins:
+        eos_token_id = 9
+
+        def __call__(self, texts, add_special_tokens=True, verbose=True):
+            if isinstance(texts, str):
+                return {"input_ids": [1, *map(ord, texts)] if add_special_tokens else [*map(ord, texts)]}
+            return {"input_ids": [[*map(ord, t)] for t in texts]}
+
+    documents = iter([iter(["a", "b"]), iter([]), iter(["c"])])
+    found = [t for ids in tokenized(documents, Begins()) for t in ids]
+    assert found == [1, ord("a"), ord("b"), 9, 1, ord("c"), 9]
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_causal_attention_without_a_mask_is_the_same(models, family):
+    """Of Mistral's window of 64 the mask says more than the flag does."""
+    config = transformers.AutoConfig.from_pretrained(models(family))
+    name, sentence = choose_attention(config, True, None, torch.device("cpu"), 128)
+    assert ("S x S" in sentence) == (family == "mistral")
+    ids = torch.randint(0, 300, (2, 128))
+    masks, results = [], []
+    for attention in (name, "eager"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(models(family), attn_implementation=attention)
+        model.config.use_cache = False
+        model.train()
+        graphs = []
+
+        def record(gm, _, graphs=graphs):
+            graphs.append(gm)
+            return gm
+
+        loss = torch.compile(model, backend=record)(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.detach(), model.model.layers[0].self_attn.q_proj.weight.grad))
+        (graph,) = graphs
+        calls = [n for n in graph.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
+        masks.append([n.kwargs.get("attn_mask") for n in calls])
+    assert len(masks[0]) == 2
+    assert all((mask is None) == (family == "llama") for mask in masks[0])
+    assert error(results[0][0], results[1][0].double()) < 1e-6
+    assert error(results[0][1], results[1][1].double()) < 1e-5
+
+
+# -- mistakes ----------------------------------------------------------------------------------------
+
+
+def mistakes(models, tmp_path):
+    model, empty, blank, short = models("llama"), tmp_path / "empty.txt", tmp_path / "blank.jsonl", tmp_path / "s.txt"
+    empty.touch()
+    blank.write_text("\n\n")
+    short.write_text("x = 1\n")
+    (tmp_path / "rows.jsonl").write_text('{"content": "x = 1"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\nno json\n')
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00" * 400)
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(model, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    return {
+        "there is no such file": ["--dataset", str(tmp_path / "absent.txt")],
+        "no such file": ["--dataset", "some/where/absent.jsonl"],
+        "the file is empty": ["--dataset", str(empty)],
+        "file is empty": ["--dataset", str(blank)],
+        "fewer than one sequence": ["--dataset", str(short)],
+        "Did you mean 'content'": ["--dataset", str(tmp_path / "rows.jsonl"), "--text_column", "contents"],
+        "line 2 is not JSON": ["--dataset", str(tmp_path / "bad.jsonl")],
+        "not a text file in UTF-8": ["--dataset", str(tmp_path / "bytes.txt")],
+        "beyond the model's 128 positions": ["--model_max_length", "4096"],
+        "the folder has no weights": ["--model_name_or_path", str(bare)],
+        "there is no such folder": ["--model_name_or_path", str(tmp_path / "absent")],
+        "no config.json": ["--model_name_or_path", str(tmp_path)],
+        "no usable tokenizer": ["--model_name_or_path", str(tmp_path / "mute")],
+        "flash_attention_2: flash-attn": ["--attn_implementation", "flash_attention_2"],
+        "Did you mean 'learning_rate'": ["--lerning_rate", "1"],
+        "--backend 'foo' is not one of": ["--backend", "foo"],
+        "mst.chunk_tokens=0 is not valid": ["--option", "chunk_tokens=0"],
+        "does not go with --backend eager": ["--backend", "eager"],
+        "is not one of auto": ["--dtype", "float99"],
+        "there is no checkpoint": ["--resume_from_checkpoint", str(tmp_path / "absent")],
+        "expected one argument": ["--learning_rate"],
+    }
+
+
+def test_mistakes_get_one_line_before_anything_is_loaded(models, tmp_path, text, capfd, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    cases = mistakes(models, tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    if torch.cuda.is_available():
+        del cases["flash_attention_2: flash-attn"]
+    for message, flags in cases.items():
+        argv = command(models("llama"), tmp_path, text)
+        assert main([*argv, *flags]) == 2, message
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mst-fx finetune: ")]
+        assert message in said[-1], (message, said)
+        assert "Traceback" not in "".join(said)
+
+
+def test_old_names_of_flags():
+    from mst_fx.finetune.arguments import parse
+
+    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--evaluation_strategy=no", "--per_gpu_train_batch_size"]
+    model, training = parse([*argv, "3", "--warmup_ratio", "0.1", "--no_cuda", "True"])
+    assert (training.per_device_train_batch_size, training.warmup_steps, training.use_cpu) == (3, 0.1, True)
+    assert training.gradient_checkpointing
+    assert model.model_max_length == 32768
+    _, training = parse([*argv, "3", "--gradient_checkpointing", "False"])
+    assert not training.gradient_checkpointing
+    with pytest.raises(UsageError, match="--output_dir is needed"):
+        parse(["--model_name_or_path", "m"])
+    with pytest.raises(UsageError, match="--model_name_or_path"):
+        parse(["--output_dir", "o"])
