@@ -107,6 +107,14 @@ def test_trainer_saves_and_resumes(tmp_path):
     same_weights(loaded, resumed.model, 0)
 
 
+@pytest.mark.slow
+def test_label_smoothing_takes_the_loss_out_of_the_model(tmp_path):
+    plain, ours = (train(tiny(), tmp_path, compiled, label_smoothing_factor=0.1) for compiled in (False, True))
+    assert (chunked(mst_fx.reports()[0], "mlp"), chunked(mst_fx.reports()[0], "loss")) == (2, 0)
+    assert history(ours) == pytest.approx(history(plain), rel=1e-5)
+    same_weights(ours.model, plain.model, 1e-4)
+
+
 def test_trainers_own_switch_knows_a_fixed_list(tmp_path):
     """The README says so; when accelerate learns to take any backend, the README should say that."""
     need("accelerate")
