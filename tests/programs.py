@@ -58,7 +58,7 @@ def _swapped(x: torch.Tensor) -> torch.Tensor:
 
 def _literal(x: torch.Tensor) -> torch.Tensor:
     b, s, i = (int(d) for d in x.shape)
-    return F.silu(x.view(b * s, i)).view(b, s, i)
+    return F.silu(x.reshape(b * s, i)).view(b, s, i)
 
 
 STEPS: dict[str, Wide] = {
@@ -148,7 +148,7 @@ UPS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch
 
 def _addmm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     bias = torch.zeros(w.shape[0], dtype=x.dtype) if b is None else b
-    return torch.addmm(bias, x.view(-1, x.shape[-1]), w.T).view(*x.shape[:-1], w.shape[0])
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), w.T).view(*x.shape[:-1], w.shape[0])
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, nn.Module], torch.Tensor]
@@ -182,7 +182,21 @@ def _with_metrics(x: torch.Tensor, y: torch.Tensor, m: nn.Module) -> torch.Tenso
     return _cross_entropy()(x, y, m) + 0 * accuracy
 
 
+def _distilled(x: torch.Tensor, y: torch.Tensor, m: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        teacher = torch.softmax(F.linear(m.last_hidden, m.embed) / 2, -1)
+    return F.kl_div(torch.log_softmax(x / 2, -1).view(-1, V), teacher.view(-1, V), reduction="batchmean")
+
+
+def _joined(x: torch.Tensor, y: torch.Tensor, m: nn.Module) -> torch.Tensor:
+    loss = _cross_entropy()(x, y, m)
+    loss += 0.1 * m.last_hidden.square().mean()
+    return loss
+
+
 LOSSES: dict[str, Loss] = {
+    "distilled": _distilled,
+    "joined": _joined,
     "mean": _cross_entropy(),
     "sum": _cross_entropy(reduction="sum"),
     "smoothing": _cross_entropy(label_smoothing=0.1),
@@ -215,6 +229,8 @@ class BlockSpec:
     trap_at: int = 0
     bias: bool = False
     wide: int = 48
+    adapter: bool = False
+    """A low-rank update beside both projections, as LoRA adds."""
     reader: str | None = None
     """None, "penalty" (its mean square joins the loss), "metric" (without a gradient)."""
     frozen: tuple[str, ...] = ()
@@ -252,6 +268,9 @@ class Block(nn.Module):
         self.up_bias = nn.Parameter(torch.randn(wide) * 0.1) if spec.bias else None
         self.down_bias = nn.Parameter(torch.randn(H) * 0.1) if spec.bias else None
         self.vector, self.scalar = nn.Parameter(torch.rand(wide) + 0.5), nn.Parameter(torch.tensor(0.7))
+        if spec.adapter:
+            self.up_a, self.up_b = nn.Parameter(torch.randn(3, H) / 4), nn.Parameter(torch.randn(wide, 3) / 4)
+            self.down_a, self.down_b = nn.Parameter(torch.randn(3, wide) / 4), nn.Parameter(torch.randn(H, 3) / 4)
         for name in spec.frozen:
             getattr(self, name).requires_grad_(False)
 
@@ -264,8 +283,9 @@ class Block(nn.Module):
         spec = self.spec
         self.narrow, self.mask = x, mask
         wide = UPS[spec.up](x, self.up, self.up_bias)
-        steps = list(spec.steps)
-        functions = [STEPS[s] for s in steps]
+        if spec.adapter:
+            wide = wide + F.linear(F.linear(x, self.up_a), self.up_b) * 0.5
+        functions = [STEPS[s] for s in spec.steps]
         if spec.trap is not None:
             functions.insert(min(spec.trap_at, len(functions)), TRAPS[spec.trap])
         for function in functions:
@@ -276,6 +296,8 @@ class Block(nn.Module):
         elif spec.reader == "metric":
             extra = 0 * wide.detach().abs().mean()
         out = x + UPS[spec.down](wide, self.down, self.down_bias)
+        if spec.adapter:
+            out = out + F.linear(F.linear(wide, self.down_a), self.down_b) * 0.5
         del self.narrow, self.mask
         return out, extra
 
@@ -303,8 +325,10 @@ class Built(nn.Module):
         for block in self.blocks:
             x, extra = block(x, mask)
             total = total + extra
-        logits = F.linear(F.layer_norm(x, (H,)), self.head)
+        self.last_hidden = F.layer_norm(x, (H,))
+        logits = F.linear(self.last_hidden, self.head)
         loss = LOSSES[self.program.loss](logits, labels, self) + total
+        del self.last_hidden
         return (loss, logits) if self.program.returns_logits else loss
 
 

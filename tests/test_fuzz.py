@@ -32,6 +32,7 @@ blocks = st.builds(
     down=st.sampled_from(sorted(UPS)),
     steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=0, max_size=4).map(tuple),
     bias=st.booleans(),
+    adapter=st.sampled_from([False, False, True]),
     wide=st.sampled_from([48, 64, 20]),
     reader=st.sampled_from([None, None, None, "penalty", "metric"]),
     frozen=st.sets(st.sampled_from(PARTS), max_size=3).map(sorted).map(tuple),
