@@ -158,8 +158,22 @@ def test_any_program_is_exact_with_inductor(program: Program, options: dict[str,
     check(program, {**options, "mst.compiler": "inductor"})
 
 
-FOUND: dict[str, tuple[Program, dict[str, Any], bool | None]] = {}
-"""Programs that once failed: name -> (program, options, dynamic)."""
+FOUND: dict[str, tuple[Program, dict[str, Any], bool | None]] = {
+    "everything_shared": (
+        Program(
+            (BlockSpec(checkpointed=True, adapter=True, frozen=("up",)), BlockSpec(reader="metric")),
+            shared_blocks=True, tied=True, returns_logits=True,
+        ),
+        PLAIN,
+        None,
+    ),
+    "sizes_alike": (
+        Program((BlockSpec(steps=("swapped", "folded", "second"), wide=48),), batch=3, length=16, loss="shifted"),
+        PLAIN,
+        True,
+    ),
+}  # fmt: skip
+"""Programs tried at every run, those that once failed among them: name -> (program, options, dynamic)."""
 
 
 @pytest.mark.parametrize("name", FOUND)
