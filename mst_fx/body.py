@@ -123,15 +123,22 @@ def trace_backward(body: Body, rows: int) -> Backward:
 
 
 def trace_sum(body: Body, rows: int) -> Backward:
-    """Trace the sum of the (only) output in fp32, and that sum's gradients, in one graph; output 0 is the sum."""
+    """Trace the sum of the first output in fp32, and that sum's gradients, in one graph.
+
+    What it returns first is that sum and the outputs behind the first, which get no gradient.
+    """
     inputs = symbolic_inputs(body, rows)
+    extras: list[int] = []
 
     def total_and_gradients(*xs: Any) -> list[Any]:
-        leaves, (loss,) = _run_with_grad(body, xs)
+        leaves, (loss, *others) = _run_with_grad(body, xs)
+        extras.append(len(others))
         total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
-        return [total.detach(), *torch.autograd.grad(total, leaves, allow_unused=True)]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        return [total.detach(), *(o.detach() for o in others), *gradients]
 
-    return _peel(body, _trace(total_and_gradients, inputs), inputs, leading=1)
+    graph = _trace(total_and_gradients, inputs)
+    return _peel(body, graph, inputs, leading=1 + extras[0])
 
 
 def _run_with_grad(body: Body, xs: Sequence[Any]) -> tuple[list[Any], Any]:

@@ -178,9 +178,7 @@ def _output_metas(traced: fx.GraphModule) -> tuple[tuple[tuple[int, ...], torch.
     return tuple((tuple(int(s) for s in m.shape[1:]), m.dtype) for m in metas)
 
 
-def chunk_region(
-    lifted: Lifted, op: str, reductions: dict[Output, str], context: Context, note: str = ""
-) -> RegionReport:
+def chunk_region(lifted: Lifted, op: str, context: Context, note: str = "") -> RegionReport:
     """Plan, compile and rewrite one lifted region, or report why it stays."""
     region = lifted.region
     if context.allowed is not None and region_key(region) not in context.allowed:
@@ -197,7 +195,7 @@ def chunk_region(
         _warn_once(f"mst leaves the region at {region.source} as it was: {e}")
         log.debug("body failed", exc_info=True)
         return skipped(region, f"not supported: {e}", lifted)
-    replace(lifted, place, op, name, plan.chunk_tokens, reductions)
+    replace(lifted, place, op, name, plan.chunk_tokens)
     how = {"sum": "gradients formed in the forward", "map": "recomputed in the backward"}[op]
     return RegionReport(
         region.kind, region.source, _tokens(lifted), plan.chunk_tokens, plan.num_chunks, plan.bytes_before,

@@ -30,6 +30,11 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def node_name(node: fx.Node) -> str:
+    """Return the plain name of what a node calls: "sum" for ``x.sum()`` and ``torch.sum(x)`` alike."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
 def source_of(node: fx.Node) -> str:
     """Return ``file:line`` of the user's code that made the node, "<unknown>" without a record."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in', node.meta.get("stack_trace") or "")
@@ -68,6 +73,11 @@ def walking(module: fx.GraphModule) -> Iterator[Iterator[fx.Node]]:
                     yield node
 
         yield nodes()
+
+
+def is_autocast_switch(node: fx.Node) -> bool:
+    """Whether a node enters or leaves an autocast state."""
+    return node.target is _ENTER or node.target is _EXIT
 
 
 def _leave(opened: dict[Any, Any], node: Any) -> None:
@@ -204,7 +214,7 @@ _LAYOUT_METHODS = {
 def layout_root(node: Any) -> Any:
     """Follow views, transposes and casts back to the value they show."""
     while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = node_name(node)
         if name == "getattr" and node.args[1] in ("T", "mT"):
             name = "T"
         if name not in _LAYOUT_METHODS:

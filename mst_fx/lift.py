@@ -10,7 +10,7 @@ Steps:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import fx
 
 from mst_fx.body import Body, InputSpec
 from mst_fx.graph import fake_tensor, walking
-from mst_fx.losses import LossCall, is_loss, per_token_loss, read_loss
+from mst_fx.losses import Total, per_token, read_total
 from mst_fx.recorder import run_node
 from mst_fx.region import Region, bind_results, projection_input
 from mst_fx.report import Mismatch
@@ -34,7 +34,15 @@ class Output:
 
     node: fx.Node
     row: Row
-    loss: LossCall | None = None
+    total: Total | None = None
+    """How the rows become the node's value where it reduces over the tokens."""
+    offsets: tuple[Any, ...] = ()
+    """Scalars from outside that are added: nodes and numbers."""
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the node is a scalar: the sum of the rows, divided."""
+        return self.total is not None and self.total.reduction != "none"
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,10 @@ class Lifted:
     tokens: Any
     """T, an int or a SymInt."""
     lifter: Lifter
+    dead: list[fx.Node] = field(default_factory=list)
+    """Nodes behind the region that its outputs make superfluous."""
+    built: list[fx.Node] = field(default_factory=list)
+    """Nodes that were added to the graph for the region's inputs."""
 
     @property
     def trains(self) -> bool:
@@ -96,9 +108,13 @@ class Lifter:
             value = fake_tensor(n)
             if n not in members and value is not None:
                 self.outer.setdefault(id(value), n)
-        if is_loss(node):
-            self.rows[node] = per_token_loss(self.builder, read_loss(node), self.fake_mode)
-            return self.rows[node]
+        total = read_total(node)
+        if total is not None:
+            row = per_token(self.builder, total, self.fake_mode)
+            if _stops_gradient(node):
+                row = Row(row.kinds, self.builder.emit(aten.detach.default, row.node))
+            self.rows[node] = row
+            return row
         if node in self.region.amplifiers:
             pair = projection_input(node)
             assert pair is not None
@@ -148,7 +164,7 @@ def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
     lifter = Lifter(region, fake_mode)
     try:
         lifter.record()
-        outputs = [Output(t, lifter.rows[t], read_loss(t) if is_loss(t) else None) for t in region.terminals if t.users]
+        outputs = [Output(t, lifter.rows[t], read_total(t)) for t in region.terminals if t.users]
         return finish_lift(lifter, outputs)
     except MixesTokensError as e:
         return Mismatch(f"not supported: {e}", region.source)
@@ -162,7 +178,6 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     """
     region, builder = lifter.region, lifter.builder
     grad = any(_requires_grad(o.node) for o in outputs)
-    inputs = {node: lifter.input_for(live, grad) for live, node in builder.live_ins.values()}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(builder.graph, copied)
@@ -171,7 +186,9 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     fx.GraphModule(torch.nn.Module(), graph)
     graph.eliminate_dead_code()
     alive = set(graph.nodes)
-    ordered = [n for n in inputs if copied[n] in alive and copied[n].users]
+    used = [(live, n) for live, n in builder.live_ins.values() if copied[n] in alive and copied[n].users]
+    inputs = {node: lifter.input_for(live, grad) for live, node in used}
+    ordered = list(inputs)
     chunked_nodes = [n for n in ordered if inputs[n].live_in.kinds is not None]
     counts = [_tokens(inputs[n].live_in) for n in chunked_nodes]
     if not counts or any(not same_size(c, counts[0]) for c in counts):

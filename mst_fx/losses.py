@@ -1,16 +1,20 @@
-"""Losses spelled one way: per-token values, a sum over them, one division outside.
+"""Scalars spelled one way: per-token values, a sum over them, one division outside.
 
     cross_entropy(logits, labels, reduction="mean")
  -> sum(cross_entropy(logits, labels, reduction="none")) / number of tokens that count
+    kl_div(logp, q, reduction="batchmean"), or kl_div(logp, q, reduction="none").sum() / batch
+ -> sum(kl_div(logp, q, reduction="none").sum(-1)) / batch
 
 Terms: ``classes`` V; labels equal to ``ignore_index`` count for nothing; with class weights each token
-counts as its label's weight; with soft labels (probabilities) every token counts as one.
+counts as its label's weight; with soft labels (probabilities) every token counts as one. A *total* is a node
+that reduces over all tokens: a loss over classes, a loss per element with a reduction, ``sum`` or ``mean``.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mst_fx.graph import fake_tensor, node_name
 from mst_fx.inductor import symbolic_sizes
 from mst_fx.recorder import recording
-from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, is_one
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, aten, concrete, feature_shape, is_one
 
 Reduction = Literal["none", "sum", "mean"]
-_SIGNATURES = {F.cross_entropy: inspect.signature(F.cross_entropy), F.nll_loss: inspect.signature(F.nll_loss)}
+_CLASSES = {f: inspect.signature(f) for f in (F.cross_entropy, F.nll_loss)}
+_ELEMENTS = {
+    f: inspect.signature(f)
+    for f in (
+        F.kl_div, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits, F.soft_margin_loss, F.poisson_nll_loss,
+    )
+}  # fmt: skip
+
+_WEIGHTED = {F.mse_loss, F.l1_loss, F.huber_loss}
+"""Losses whose mean divides by the sum of the weights they may be given."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +60,75 @@ class LossCall:
         return labels.is_floating_point()
 
 
+@dataclass(frozen=True)
+class ValueSum:
+    """A sum or mean over all elements: of a value, or of a loss per element."""
+
+    node: fx.Node
+    reduction: Literal["sum", "mean"]
+    batch: Any = None
+    """What a sum is divided by ("batchmean")."""
+
+
+Total = LossCall | ValueSum
+
+
 def is_loss(node: fx.Node) -> bool:
     """Whether ``node`` calls a loss over classes."""
-    return node.op == "call_function" and node.target in _SIGNATURES
+    return node.op == "call_function" and node.target in _CLASSES
+
+
+def read_total(node: fx.Node) -> Total | None:
+    """Return how a node reduces over all tokens, or leaves a loss per token; None if it does neither."""
+    if is_loss(node):
+        return read_loss(node)
+    if node.op == "call_function" and node.target in _ELEMENTS:
+        bound = _ELEMENTS[node.target].bind(*node.args, **node.kwargs)
+        reduction = _reduction(bound)
+        if reduction == "none" or (
+            reduction == "mean" and node.target in _WEIGHTED and bound.arguments.get("weight") is not None
+        ):
+            return None
+        first = fake_tensor(node.args[0] if node.args else node.kwargs["input"])
+        if reduction == "batchmean" and first is not None:
+            return ValueSum(node, "sum", concrete(first.shape[0]))
+        return ValueSum(node, reduction) if reduction in ("sum", "mean") else None  # pyright: ignore
+    name = node_name(node)
+    value, result = fake_tensor(node.args[0]) if node.args else None, fake_tensor(node)
+    if name not in ("sum", "mean") or value is None or result is None or result.ndim or not value.ndim:
+        return None
+    return ValueSum(node, name)
 
 
 def read_loss(node: fx.Node) -> LossCall:
     """Return the call's arguments by name; values are FX nodes or constants."""
-    bound = _SIGNATURES[node.target].bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
+    bound = _CLASSES[node.target].bind(*node.args, **node.kwargs)
+    reduction: Any = _reduction(bound)
     given = bound.arguments
-    reduction = given["reduction"]
-    if given["size_average"] is not None or given["reduce"] is not None:
-        reduction = torch.nn._reduction.legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
     return LossCall(
         node.target, given["input"], given["target"], given["weight"], given["ignore_index"],
         given.get("label_smoothing", 0.0), reduction,
     )  # fmt: skip
+
+
+def _reduction(bound: inspect.BoundArguments) -> str:
+    bound.apply_defaults()
+    given = bound.arguments
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return torch.nn._reduction.legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
+    return given["reduction"]
+
+
+# -- per token ---------------------------------------------------------------------------------------
+
+
+def per_token(b: RowBuilder, total: Total, fake_mode: Any) -> Row:
+    """Record the row form of what a total sums over the tokens.
+
+    Raises:
+        MixesTokensError: If it is not token-wise.
+    """
+    return per_token_loss(b, total, fake_mode) if isinstance(total, LossCall) else _per_token_sum(b, total, fake_mode)
 
 
 def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
@@ -100,13 +167,71 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     return Row((True,) * (logits.ndim - 1), result.node)
 
 
-def count_tokens(graph: fx.Graph, call: LossCall) -> fx.Node:
+def _per_token_sum(b: RowBuilder, total: ValueSum, fake_mode: Any) -> Row:
+    """Record the sum over a token's features, or their mean for a mean, in the dtype that tokens are summed in."""
+    value = _elements(b, total.node, fake_mode)
+    row = b.row(value)
+    if row is None:
+        raise MixesTokensError("sums a value that has no row per token")
+    features = feature_shape(value.shape, row.kinds)
+    if not all(isinstance(s, int) for s in features):
+        raise MixesTokensError("sums features whose number changes with the number of tokens")
+    result = fake_tensor(total.node)
+    assert result is not None
+    dtype = sum_dtype(result.dtype)
+    if features:
+        reduce = aten.mean.dim if total.reduction == "mean" else aten.sum.dim_IntList
+        return Row((True,), b.emit(reduce, row.node, [*range(1, 1 + len(features))], False, dtype=dtype))
+    return Row((True,), row.node if value.dtype == dtype else b.emit(aten._to_copy.default, row.node, dtype=dtype))
+
+
+def _elements(b: RowBuilder, node: fx.Node, fake_mode: Any) -> torch.Tensor:
+    if node.target not in _ELEMENTS:
+        return node.args[0].meta["example_value"]  # pyright: ignore
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    given = _ELEMENTS[node.target].bind(*args, **kwargs).arguments  # pyright: ignore
+    for name in ("size_average", "reduce"):
+        given.pop(name, None)
+    with fake_mode, recording(b), symbolic_sizes():
+        return node.target(**{**given, "reduction": "none"})  # pyright: ignore[reportCallIssue]
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of a dtype are summed over tokens: fp32 at least, integers as they are."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+# -- what a sum is divided by ------------------------------------------------------------------------
+
+
+def read_by_count(total: Total | None) -> list[fx.Node]:
+    """Return the nodes that ``count`` reads."""
+    if not isinstance(total, LossCall) or total.reduction != "mean" or total.soft:
+        return []
+    return [n for n in (total.labels, total.weight) if isinstance(n, fx.Node)]
+
+
+def count(graph: fx.Graph, total: Total, tokens: Callable[[], Any], size: Callable[[Any], Any]) -> Any:
+    """Append nodes that compute what the sum over tokens is divided by; None for nothing.
+
+    Args:
+        graph: Where nodes are appended.
+        total: What is summed.
+        tokens: Returns the number of tokens, or a node that computes it.
+        size: Returns a node that computes a symbolic size.
+    """
+    if isinstance(total, ValueSum):
+        if total.batch is not None:
+            return total.batch if isinstance(total.batch, int) else size(total.batch)
+        return tokens() if total.reduction == "mean" else None
+    return count_tokens(graph, total, tokens) if total.reduction == "mean" else None
+
+
+def count_tokens(graph: fx.Graph, call: LossCall, tokens: Callable[[], Any]) -> Any:
     """Append nodes that compute what ``reduction="mean"`` divides the sum by."""
     labels = call.labels
     if call.soft:
-        classes = call.logits.meta["example_value"].shape[1]
-        rows = graph.call_function(operator.floordiv, (graph.call_method("numel", (labels,)), classes))
-        return graph.call_method("new_tensor", (labels, rows))
+        return tokens()
     counted = graph.call_function(torch.ne, (labels, call.ignore_index))
     if call.weight is None:
         return graph.call_method("sum", (counted,))

@@ -1,8 +1,8 @@
 """The registered ops and their loops: the only code that runs at every step.
 
     map:  token-wise body -> per-token outputs; its backward recomputes the body chunk by chunk.
-    sum:  body -> per-token loss, summed; forms the gradients of that sum in the same pass over the
-          chunks, so its backward only multiplies by the upstream scalar.
+    sum:  body -> per-token loss, summed, and other per-token values without a gradient; forms the gradients
+          of that sum in the same pass over the chunks, so its backward only multiplies by the upstream scalar.
 
 The loop is a loop at run time: compile time and graph size do not grow with the number of chunks, and
 nothing can fuse the chunks together again. A body is named by the hash of its content, so that the name
@@ -66,8 +66,7 @@ def map_op(
     """Run a body over chunks of rows and return its outputs for all rows, ``[T, ...]`` each."""
     found = BODIES[body]
     assert found.forward is not None
-    tokens, device = chunked[0].shape[0], chunked[0].device
-    outs = [torch.empty((tokens, *shape), dtype=dtype, device=device) for shape, dtype in found.outputs]
+    tokens, outs = chunked[0].shape[0], _empty(found.outputs, chunked[0])
     weights = _as_compiled(found.shared, shared)
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
         results = found.forward(*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i))
@@ -79,8 +78,11 @@ def map_op(
 
 @map_op.register_fake
 def _(chunked: Any, shared: Any, seed: Any, body: str, chunk_tokens: int) -> list[torch.Tensor]:
-    tokens = chunked[0].shape[0]
-    return [chunked[0].new_empty((tokens, *shape), dtype=dtype) for shape, dtype in BODIES[body].outputs]
+    return _empty(BODIES[body].outputs, chunked[0])
+
+
+def _empty(metas: Sequence[tuple[tuple[int, ...], torch.dtype]], like: torch.Tensor) -> list[torch.Tensor]:
+    return [like.new_empty((like.shape[0], *shape), dtype=dtype) for shape, dtype in metas]
 
 
 @torch.library.custom_op("mst_fx::map_backward", mutates_args=(), tags=_TAGS)
@@ -141,16 +143,19 @@ def sum_op(
     body: str,
     chunk_tokens: int,
 ) -> list[torch.Tensor]:
-    """Return the sum of a body's per-token output in fp32, then that sum's gradients."""
+    """Return the sum of a body's first output in fp32, its other outputs, then that sum's gradients."""
+    found = BODIES[body]
     total: list[torch.Tensor] = []
-    gradients = _run_backward(BODIES[body], chunked, shared, seed, (), chunk_tokens, total)
-    return [torch.stack(total).sum() if total else _zero(chunked[0], BODIES[body]), *gradients]
+    others = _empty(found.outputs[1:], chunked[0])
+    gradients = _run_backward(found, chunked, shared, seed, (), chunk_tokens, total, others)
+    return [torch.stack(total).sum() if total else _zero(chunked[0], found), *others, *gradients]
 
 
 @sum_op.register_fake
 def _(chunked: Any, shared: Any, seed: Any, body: str, chunk_tokens: int) -> list[torch.Tensor]:
     found = BODIES[body]
-    return [_zero(chunked[0], found), *_fake_gradients(found, chunked, shared)]
+    others = _empty(found.outputs[1:], chunked[0])
+    return [_zero(chunked[0], found), *others, *_fake_gradients(found, chunked, shared)]
 
 
 def _zero(like: torch.Tensor, found: CompiledBody) -> torch.Tensor:
@@ -161,7 +166,7 @@ def _zero(like: torch.Tensor, found: CompiledBody) -> torch.Tensor:
 def _sum_setup(ctx: Any, inputs: Any, output: Any) -> None:
     chunked, shared, _, body, _ = inputs
     ctx.counts, ctx.body = (len(chunked), len(shared)), body
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[len(BODIES[body].outputs) :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -191,6 +196,7 @@ def _run_backward(
     tangents: Any,
     chunk_tokens: int,
     totals: list[Any] | None,
+    others: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor]:
     assert found.backward is not None
     assert found.plan is not None
@@ -200,7 +206,7 @@ def _run_backward(
     weights = _as_compiled(found.shared, shared)
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
         inputs = [*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)]
-        _take_chunk(found, plan, found.backward(*inputs), rows, sums, totals, start, end)
+        _take_chunk(found, plan, found.backward(*inputs), rows, sums, totals, others, slice(start, end))
     gradients = [rows[i] for i in plan.chunked]
     for position, terms in plan.shared.items():
         gradients.append(_finish(terms, sums, shared[position]))
@@ -208,13 +214,15 @@ def _run_backward(
 
 
 def _take_chunk(
-    found: CompiledBody, plan: Backward, results: Any, rows: Any, sums: Any, totals: Any, start: int, end: int
+    found: CompiledBody, plan: Backward, results: Any, rows: Any, sums: Any, totals: Any, others: Any, chunk: slice
 ) -> None:
     """Put one chunk's results where they belong. A function, so that its wide values die before the next chunk."""
     if totals is not None:
         totals.append(results[0])
+    for i, other in enumerate(others, start=1):
+        other[chunk].copy_(results[i])
     for position, output in plan.chunked.items():
-        rows[position][start:end].copy_(results[output])
+        rows[position][chunk].copy_(results[output])
     for position, terms in plan.shared.items():
         for term in terms:
             values = [results[o] for o in term.outputs]

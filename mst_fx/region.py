@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, source_of, walking
+from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, node_name, source_of, walking
 from mst_fx.inductor import is_plain_fake
-from mst_fx.losses import is_loss, per_token_loss, read_loss
+from mst_fx.losses import per_token, read_total
 from mst_fx.recorder import run_node
 from mst_fx.report import Mismatch
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, feature_shape
@@ -95,7 +95,7 @@ class Walk:
             region.nodes.sort(key=self.order.__getitem__)
             region.amplifiers.sort(key=self.order.__getitem__)
             region.terminals.sort(key=self.order.__getitem__)
-            scalars = all(is_loss(t) or projection_input(t) is None for t in region.terminals)
+            scalars = all(read_total(t) or projection_input(t) is None for t in region.terminals)
             region.kind = "loss" if scalars and (region.terminals or region.leaving) else "mlp"
             region.source = source_of(region.amplifiers[0])
         return sorted(self.regions, key=lambda r: self.order[r.amplifiers[0]])
@@ -117,7 +117,7 @@ class Walk:
             if (
                 reduced
                 and node.op != "output"
-                and not is_loss(node)
+                and read_total(node) is None
                 and len({id(self.narrow[n]) for n in reduced}) == 1
             ):
                 self._continue_narrow(self.narrow[reduced[0]], node)
@@ -131,8 +131,9 @@ class Walk:
             region.problems.append(self._leaves(inputs[0], node, "joins a value reduced from another region"))
             return
         try:
-            if is_loss(node):
-                per_token_loss(self.builder, read_loss(node), self.fake_mode)
+            total = read_total(node)
+            if total is not None:
+                per_token(self.builder, total, self.fake_mode)
                 region.nodes.append(node)
                 region.terminals.append(node)
                 return
@@ -235,7 +236,7 @@ class Walk:
         region.nodes.append(node)
         if amplifier or (widest > region.in_features and not (projection and widest <= region.wide_features / 2)):
             self.wide[node] = region
-        elif projection or is_loss(node):
+        elif projection:
             region.terminals.append(node)
         elif narrow_only or _reduces(node):
             self.narrow[node] = region
@@ -309,7 +310,7 @@ def contracts_over_tokens(x: fx.Node) -> bool:
     """Whether the last dimension of ``x`` was another one before a transpose (token mixing as in MLP-Mixer)."""
     node: Any = x
     while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = node_name(node)
         value = fake_tensor(node.args[0])
         if value is None:
             return False
@@ -343,7 +344,7 @@ _REDUCTIONS = {"sum", "mean", "logsumexp", "amax", "amin", "max", "min", "argmax
 
 
 def _reduces(node: fx.Node) -> bool:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = node_name(node)
     return name in _REDUCTIONS or (node.target is operator.getitem and _reduces(node.all_input_nodes[0]))
 
 

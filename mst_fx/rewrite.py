@@ -9,15 +9,16 @@ Only ``replace`` changes the graph, and nothing after its first change can fail.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from mst_fx import ops
-from mst_fx.graph import fake_tensor, grad_states, is_in_place, mutated_storages, storages
+from mst_fx.graph import fake_tensor, grad_states, is_autocast_switch, is_in_place, mutated_storages, storages
 from mst_fx.lift import Input, Lifted, Output
-from mst_fx.losses import count_tokens
+from mst_fx.losses import LossCall, count, read_by_count, sum_dtype
 from mst_fx.region import region_key
 from mst_fx.report import Mismatch
 from mst_fx.rows import same_size
@@ -35,7 +36,8 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     members = set(region.nodes)
     sources = _sources(lifted)
     order = {n: i for i, n in enumerate(graph.nodes)}
-    readers = [u for o in lifted.outputs for u in o.node.users if u not in members]
+    dead = set(lifted.dead)
+    readers = [u for o in lifted.outputs for u in o.node.users if u not in members and u not in dead]
     reader = min(readers, key=order.__getitem__)
     late = [n for n in sources if order[n] >= order[reader]]
     if late and not _move_up(graph, late, region.nodes[0], order):
@@ -51,9 +53,10 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
             return Mismatch("its result is first read where gradients are off", region.source)
     first = min(order[n] for n in [*region.nodes, place])
     end = max(order[n] for n in [*region.nodes, place])
-    read, made = (set().union(*(storages(n) for n in nodes)) for nodes in (sources, members))
+    given = {o.node for o in lifted.outputs if not any(u in members for u in o.node.users)}
+    read, made = (set().union(*(storages(n) for n in nodes)) for nodes in (sources, members - given))
     for node in graph.nodes:
-        if order[node] < first or node in members:
+        if order[node] < first or node in members or node in dead:
             continue
         # What the backward recomputes from must stay as it is to the end.
         held = read if lifted.trains and order[node] >= end else read | made if order[node] < end else set()
@@ -64,24 +67,26 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
 
 def _sources(lifted: Lifted) -> set[fx.Node]:
     """Return every node the inserted op and what surrounds it reads."""
-    losses = [o.loss for o in lifted.outputs if o.loss is not None]
-    extra = [n for loss in losses for n in (loss.labels, loss.weight) if isinstance(n, fx.Node)]
+    extra = [n for o in lifted.outputs for n in read_by_count(o.total)]
     return {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}.union(extra)
 
 
 def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Move values that come late (labels shaped for a loss behind a metric) in front of ``place``.
 
-    Only integers computed from what is there already: they have no gradient and no autocast.
+    Only what is computed from what is there already, without a gradient and without autocast.
     """
     moved: set[fx.Node] = set()
+    switched = any(is_autocast_switch(n) for n in graph.nodes)
     stack = list(late)
     while stack:
         node = stack.pop()
         if order[node] < order[place] or node in moved:
             continue
         value = fake_tensor(node)
-        if value is None or value.is_floating_point() or is_in_place(node) or _draws(node):
+        if value is None or value.requires_grad or is_in_place(node) or _draws(node):
+            return False
+        if value.is_floating_point() and (switched or any(_needs_grad(n) for n in node.all_input_nodes)):
             return False
         moved.add(node)
         stack += node.all_input_nodes
@@ -94,13 +99,16 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
     return True
 
 
+def _needs_grad(node: fx.Node) -> bool:
+    value = fake_tensor(node)
+    return value is not None and value.requires_grad
+
+
 def _draws(node: fx.Node) -> bool:
     return any(word in str(node.target) for word in ("rand", "bernoulli", "multinomial"))
 
 
-def replace(
-    lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: int, reductions: dict[Output, str]
-) -> None:
+def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: int) -> None:
     """Insert the op with its surroundings and hand its results to the readers of the region's outputs.
 
     Args:
@@ -109,7 +117,6 @@ def replace(
         op: "map" or "sum".
         body: Name of the registered body.
         chunk_tokens: C.
-        reductions: How per-token losses become the loss: "none", "sum" or "mean".
     """
     graph = lifted.region.module.graph
     known = set(graph.nodes)
@@ -122,7 +129,7 @@ def replace(
         call = graph.call_function(OPS[op], (rows, shared, seed, body, chunk_tokens))
         for i, output in enumerate(lifted.outputs):
             value = graph.call_function(operator.getitem, (call, i))
-            new = _give_back(graph, lifted, output, value, reductions.get(output, "none"), summed=op == "sum")
+            new = _give_back(graph, lifted, output, value, summed=op == "sum" and i == 0)
             new.meta.update({k: v for k, v in output.node.meta.items() if k == "stack_trace"})
             new.meta["mst_replaces"] = fake_tensor(output.node)
             members = set(lifted.region.nodes)
@@ -130,7 +137,7 @@ def replace(
     for node in graph.nodes:
         if node not in known:
             node.meta["mst_region"] = region_key(lifted.region)
-    erase_dead(graph, lifted.region.nodes)
+    erase_dead(graph, [*lifted.region.nodes, *lifted.dead])
 
 
 def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
@@ -141,7 +148,7 @@ def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
     expanded = [-1 if d >= len(shape) - len(own) and same_size(own[d - len(shape) + len(own)], s) else s
                 for d, s in enumerate(shape)]  # fmt: skip
     if len(own) < len(shape) or any(s != -1 for s in expanded):
-        sizes = [s if isinstance(s, int) else _size_of(graph, s) for s in expanded]
+        sizes = [s if isinstance(s, int) else size_of(graph, s) for s in expanded]
         value = graph.call_method("expand", (value, *sizes))
     order = [d for d, k in enumerate(kinds) if k] + [d for d, k in enumerate(kinds) if not k]
     if order != sorted(order):
@@ -151,14 +158,22 @@ def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
     return value
 
 
-def _size_of(graph: fx.Graph, size: Any) -> fx.Node:
-    """Return a node that computes a symbolic size, read off a value that has it."""
-    for node in graph.nodes:
+def size_of(graph: fx.Graph, size: Any, avoid: Sequence[fx.Node] = ()) -> fx.Node:
+    """Return a node that computes a symbolic size, read off a value that has it, of ``avoid`` only if need be."""
+    unwanted = set(avoid)
+    for node in sorted(graph.nodes, key=unwanted.__contains__):
         value = fake_tensor(node)
         for d, s in enumerate(value.shape if value is not None else ()):
             if not isinstance(s, int) and same_size(s, size):
                 return graph.call_method("size", (node, d))
     raise AssertionError(f"no value has the size {size}")
+
+
+def token_count(graph: fx.Graph, lifted: Lifted) -> Any:
+    """Return the number of tokens, or a node that computes it."""
+    if isinstance(lifted.tokens, int):
+        return lifted.tokens
+    return graph.call_method("size", (_as_rows(graph, lifted.chunked[0]), 0))
 
 
 def _as_shared(graph: fx.Graph, source: Input) -> fx.Node:
@@ -182,23 +197,22 @@ def _hoist(graph: fx.Graph, lifted: Lifted) -> list[fx.Node]:
     return [place(n) for n in lifted.hoisted]
 
 
-def _give_back(
-    graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, reduction: str, summed: bool
-) -> fx.Node:
-    """Turn rows into the shape the readers expect, or per-token losses into the loss."""
+def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, summed: bool) -> fx.Node:
+    """Turn rows into the shape the readers expect, or per-token values into the scalar they sum up to."""
     old = fake_tensor(output.node)
     assert old is not None
-    if reduction == "none":
+    if not output.reduced:
         return _unflatten(graph, lifted, output, value, old.shape)
-    wide = torch.promote_types(old.dtype, torch.float32)
+    assert output.total is not None
+    wide = sum_dtype(old.dtype)
     total = value if summed else graph.call_method("sum", (value,), {"dtype": wide})
-    if reduction == "mean":
-        assert output.loss is not None
-        total = _divided(graph, total, count_tokens(graph, output.loss))
-    elif reduction == "average":
-        rows = _as_rows(graph, lifted.chunked[0])
-        total = graph.call_function(torch.div, (total, graph.call_method("size", (rows, 0))))
-    return total if old.dtype == wide else graph.call_method("to", (total, old.dtype))
+    divisor = count(graph, output.total, lambda: token_count(graph, lifted), lambda s: size_of(graph, s))
+    if divisor is not None:
+        labels = isinstance(output.total, LossCall) and not output.total.soft
+        total = _divided(graph, total, divisor) if labels else graph.call_function(torch.div, (total, divisor))
+    for offset in output.offsets:
+        total = graph.call_function(torch.add, (total, offset))
+    return total if old.dtype == wide and not output.offsets else graph.call_method("to", (total, old.dtype))
 
 
 def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node) -> fx.Node:
@@ -213,7 +227,7 @@ def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     tokens = [d for d, k in enumerate(kinds) if k]
     if len(tokens) > 1:
         unknown = [d for d in tokens if not isinstance(shape[d], int)]
-        sizes = [shape[d] if isinstance(shape[d], int) else _size_of(graph, shape[d]) for d in tokens]
+        sizes = [shape[d] if isinstance(shape[d], int) else size_of(graph, shape[d]) for d in tokens]
         if len(unknown) == 1 and all(shape[d] != 0 for d in tokens if d not in unknown):
             sizes = [-1 if d in unknown else shape[d] for d in tokens]
         value = graph.call_method("unflatten", (value, 0, tuple(sizes)))

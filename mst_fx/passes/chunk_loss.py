@@ -24,10 +24,12 @@ from mst_fx.chunking import Context, Graph, chunk_region, skipped
 from mst_fx.graph import fake_tensor
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift, lift
+from mst_fx.losses import ValueSum, read_total
 from mst_fx.region import Region, find_regions, region_key
 from mst_fx.report import Mismatch, RegionReport
 from mst_fx.rewrite import erase_dead
 from mst_fx.rows import MixesTokensError, same_size
+from mst_fx.tail import sum_lifted
 
 _LOGITS_NOTES = {
     "lazy": "; returned logits are lazy",
@@ -38,8 +40,14 @@ _LOGITS_NOTES = {
 
 def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
     """Chunk every legal, worthwhile loss of one graph."""
-    regions = [r for r in find_regions(graph.module, context.fake_mode, graph.outer) if r.kind == "loss"]
-    return [_chunk(region, graph, context) for region in regions]
+    regions = find_regions(graph.module, context.fake_mode, graph.outer)
+    hidden = max((r.in_features for r in regions), default=0)
+    return [_chunk(r, graph, context) for r in regions if r.kind == "loss" and not _is_low_rank(r, hidden)]
+
+
+def _is_low_rank(region: Region, hidden: int) -> bool:
+    """Whether nothing wide is summed: a low-rank product widens to no more than the hidden size."""
+    return region.wide_features <= hidden and all(isinstance(read_total(t), ValueSum) for t in region.terminals)
 
 
 def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
@@ -52,12 +60,13 @@ def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
     logits = _read_logits(region, lifted, graph, context)
     if isinstance(logits, Mismatch):
         return skipped(region, logits.reason, lifted)
-    lifted, reductions = _reduced(lifted)
-    op, note = _choose_op(lifted, reductions, graph, context)
+    lifted, op, note = _choose_op(lifted, graph, context)
     if logits:
         note += _LOGITS_NOTES[context.config.logits]
-    report = chunk_region(lifted, op, reductions, context, note)
-    if report.status == "chunked" and context.config.logits != "keep":
+    report = chunk_region(lifted, op, context, note)
+    if report.status != "chunked":
+        erase_dead(graph.module.graph, lifted.built)
+    elif context.config.logits != "keep":
         for value, head in logits:
             _defer_logits(value, head, graph, context)
         erase_dead(graph.module.graph, region.nodes)
@@ -81,79 +90,23 @@ def check_loss(region: Region, graph: Graph) -> Mismatch | None:
     return None
 
 
-# -- reductions --------------------------------------------------------------------------------------
+# -- where gradients are formed ----------------------------------------------------------------------
 
 
-def _reduced(lifted: Lifted) -> tuple[Lifted, dict[Output, str]]:
-    """Say how each output becomes the loss; follow a single per-token value to its sum if there is one."""
-    if len(lifted.outputs) != 1:
-        return lifted, {o: o.loss.reduction for o in lifted.outputs if o.loss is not None}
-    output = lifted.outputs[0]
-    if output.loss is not None and output.loss.reduction != "none":
-        return lifted, {output: output.loss.reduction}
-    followed = _follow_to_sum(lifted, output)
-    return followed if followed is not None else (lifted, {})
-
-
-def _follow_to_sum(lifted: Lifted, output: Output) -> tuple[Lifted, dict[Output, str]] | None:
-    """Take elementwise work on per-token losses (masks, weights) into the region if a full sum follows."""
-    lifter, node, row = lifted.lifter, output.node, output.row
-    taken: list[fx.Node] = []
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        reduction = _full_reduction(user)
-        if reduction is not None:
-            value = fake_tensor(node)
-            if value is None or value.ndim != sum(row.kinds):
-                return None
-            final = Output(user, row, None)
-            lifted.region.nodes += [n for n in [*taken, user] if n not in lifted.region.nodes]
-            try:
-                return finish_lift(lifter, [final]), {final: reduction}
-            except MixesTokensError:
-                lifted.region.nodes = [n for n in lifted.region.nodes if n not in taken and n is not user]
-                return None
-        if user.op == "output":
-            return None
-        try:
-            if output.loss is not None:
-                value = fake_tensor(node)
-                assert value is not None
-                lifter.builder.bind(value, row)
-            found = lifter.record_node(user, set(lifted.region.nodes) | set(taken))
-        except Exception:
-            return None
-        if found is None:
-            return None
-        taken.append(user)
-        node, row = user, found
-    return None
-
-
-def _full_reduction(node: fx.Node) -> str | None:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name not in ("sum", "mean") or len(node.args) != 1 or set(node.kwargs) - {"dtype"}:
-        return None
-    value = fake_tensor(node)
-    if value is None or value.ndim:
-        return None
-    return "sum" if name == "sum" else "average"
-
-
-def _choose_op(lifted: Lifted, reductions: dict[Output, str], graph: Graph, context: Context) -> tuple[str, str]:
-    """Choose where gradients are formed: in the forward only for one scalar sum."""
+def _choose_op(lifted: Lifted, graph: Graph, context: Context) -> tuple[Lifted, str, str]:
+    """Choose where gradients are formed: in the forward only for one scalar that is linear in per-token values."""
     setting = context.config.loss_gradient
-    summed = len(lifted.outputs) == 1 and reductions.get(lifted.outputs[0], "none") != "none"
     if not lifted.trains or setting == "recompute":
-        return "map", ""
-    if not summed:
-        return "map", "" if setting == "auto" else " (the loss is no single scalar sum)"
+        return lifted, "map", ""
     # fp16 gradients of an unscaled sum could overflow or underflow where a scaled loss does not; a
     # checkpointed block would form the gradients twice.
     half = any(s.dtype == torch.float16 for s in lifted.body.inputs)
     if setting == "auto" and (half or graph.checkpointed):
-        return "map", ""
-    return "sum", ""
+        return lifted, "map", ""
+    summed = sum_lifted(lifted, context.fake_mode)
+    if summed is None:
+        return lifted, "map", "" if setting == "auto" else " (the loss is no single scalar sum)"
+    return summed, "sum", ""
 
 
 # -- returned logits ---------------------------------------------------------------------------------

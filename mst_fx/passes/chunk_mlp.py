@@ -34,7 +34,7 @@ def _chunk(region: Region, context: Context) -> RegionReport:
     lifted = lift(region, context.fake_mode)
     if isinstance(lifted, Mismatch):
         return skipped(region, lifted.reason)
-    return chunk_region(lifted, "map", {}, context)
+    return chunk_region(lifted, "map", context)
 
 
 def check_mlp(region: Region) -> Mismatch | None:

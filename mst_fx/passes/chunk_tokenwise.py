@@ -29,5 +29,5 @@ def chunk_tokenwise(graph: Graph, context: Context) -> list[RegionReport]:
             continue
         if context.config.verify_tokenwise:
             check_promise(lifted.body)
-        reports.append(chunk_region(lifted, "map", {}, context))
+        reports.append(chunk_region(lifted, "map", context))
     return reports

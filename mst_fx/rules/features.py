@@ -104,3 +104,33 @@ def _nll_loss(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: 
     shared = None if weight is None else b.shared(weight)
     node = b.emit(func, x.node, row.node, shared, reduction, ignore_index)
     return [Row((True,), b.emit(operator.getitem, node, 0))]  # the total weight is 0 without a reduction
+
+
+@rule(
+    aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss, aten.soft_margin_loss, aten.binary_cross_entropy,
+    aten.binary_cross_entropy_with_logits,
+)  # fmt: skip
+def _loss_per_element(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    names = [a.name for a in func._schema.arguments]
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    given = defaults | dict(zip(names, args, strict=False)) | kwargs
+    if given["reduction"] != 0:
+        raise MixesTokensError("reduces the loss over all tokens")
+    return pointwise(b, func, args, kwargs, outs)
+
+
+@rule(aten.scatter)
+def _scatter(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    operands: list[Any] = []
+    for value in args[2:]:
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            operands.append(b.shared(value) if isinstance(value, torch.Tensor) else value)
+            continue
+        if any(k and not same_size(value.shape[d], args[0].shape[d]) for d, k in enumerate(x.kinds)):
+            raise MixesTokensError("scatters to some of the tokens only")
+        row = b.row(value) or b.chunked(value, x.kinds)
+        if row.kinds != x.kinds:
+            raise MixesTokensError("scatters along the tokens")
+        operands.append(row.node)
+    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1]), *operands, **kwargs))]

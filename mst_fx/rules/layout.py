@@ -104,6 +104,16 @@ def _cat(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) 
     return [Row(first.kinds, b.emit(aten.cat.default, nodes, first.feature_dim(dim)))]
 
 
+@rule(aten.stack)
+def _stack(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    tensors = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % outs[0].ndim
+    kinds = next(r for t in tensors if (r := b.row(t))).kinds
+    nodes = [b.aligned(t, tensors[0].shape, kinds) for t in tensors]
+    stacked = (*kinds[:dim], False, *kinds[dim:])
+    return [Row(stacked, b.emit(func, nodes, Row(stacked, nodes[0]).feature_dim(dim)))]
+
+
 @rule(aten.flip, aten.roll)
 def _flip(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
     raise MixesTokensError(f"{op_name(func)} moves tokens")
