@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from benchmarks.figures import save
+from benchmarks.figures import load, save
 from benchmarks.works import llama
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
 from mst_fx.models import parse_pairs
@@ -140,8 +140,6 @@ def rank_main(args: argparse.Namespace) -> dict[str, Any]:
     row["gathers"] = count_gathers(step)
     clear()
     if args.peak:
-        step()
-        clear()
         row["peak_bytes"], _ = peak_over_start(step, args.device)
         clear()
     import mst_fx
@@ -192,7 +190,9 @@ def show(saved: dict[str, Any]) -> None:
     """Print the table of saved rows."""
     table = Table("engine", "worst gradient error", "all-gathers", "peak per rank, MiB", "ratio", "regions chunked")
     for engine, systems in saved["engines"].items():
-        plain, ours = (systems[s] for s in SYSTEMS)
+        if set(systems) != set(SYSTEMS):
+            continue
+        plain, ours = (systems[s]["ranks_rows"] for s in SYSTEMS)
         error = " -> ".join(f"{max(r['worst_error'] for r in s):.1e}" for s in (plain, ours) if "worst_error" in s[0])
         gathers = " -> ".join(str(max(r["gathers"] for r in s)) for s in (plain, ours))
         peak = ratio = ""
@@ -214,7 +214,8 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--no-peak", dest="peak", action="store_false")
     parser.add_argument("--no-error", dest="error", action="store_false")
-    parser.add_argument("--name", default="engines", help="file to save rows under")
+    parser.add_argument("--name", default="engines", help="file to save rows under; rows of other cells in it stay")
+    parser.add_argument("--only", choices=SYSTEMS, help="run one system, the other's rows are there from before")
     for hidden in ("--engine", "--system", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -225,21 +226,22 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown engine {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
     prepare_compiler(dict(os.environ))
-    saved: dict[str, Any] = {
-        "shapes": parse_pairs(args.set), "ranks": args.ranks, "device": args.device, "engines": {},
-        "chunk_tokens": args.chunk_tokens,
+    about = {
+        "shapes": parse_pairs(args.set), "ranks": args.ranks, "device": args.device, "chunk_tokens": args.chunk_tokens,
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "mst_fx")},
     }  # fmt: skip
+    saved: dict[str, Any] = load(args.name) or {"engines": {}}
+    systems = [args.only] if args.only else SYSTEMS
     with Progress(console=Console(stderr=True)) as progress:
         engines = args.engines or ENGINES
-        task = progress.add_task("engines", total=2 * len(engines))
+        task = progress.add_task("engines", total=len(systems) * len(engines))
         for engine in engines:
-            saved["engines"][engine] = {}
-            for system in SYSTEMS:
+            rows = saved["engines"].setdefault(engine, {})
+            for system in systems:
                 progress.update(task, description=f"{engine}, {system}")
-                saved["engines"][engine][system] = cell(engine, system, args)
+                rows[system] = {**about, "ranks_rows": cell(engine, system, args)}
                 progress.advance(task)
-            save(args.name, saved)
+                save(args.name, saved)
     show(saved)
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 _PROMISE = str(pathlib.Path(__file__).with_name("promise.py"))
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+OWN_BACKWARD = torch.ops.higher_order.autograd_function_apply
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
 

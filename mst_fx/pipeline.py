@@ -13,7 +13,7 @@ from torch import fx
 
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
-from mst_fx.graph import CHECKPOINT, autocast_now, fake, fake_tensor, walking
+from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, fake, fake_tensor, source_of, walking
 from mst_fx.inductor import fake_mode_of, keep_source, without_saved_tensor_hooks
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
@@ -21,6 +21,7 @@ from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
 from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
 from mst_fx.passes.normalize import normalize
+from mst_fx.region import widens
 from mst_fx.report import GraphPair, RegionReport, Report
 from mst_fx.verify import snapshot, verify
 
@@ -158,9 +159,15 @@ def trains_loss(module: fx.GraphModule) -> bool:
 
 
 def _notes(module: fx.GraphModule) -> list[str]:
-    """Say where a loss sits in another graph than its logits."""
+    """Say where a loss sits in another graph than its logits, and which projections nobody may look into."""
     notes = []
     for node in module.graph.nodes:
+        if node.target is OWN_BACKWARD and _projects_wider(module, node):
+            notes.append(
+                f"a projection to something wider is computed by a torch.autograd.Function ({source_of(node)}), whose "
+                "backward is its own: left alone. DeepSpeed ZeRO-3 makes every linear one unless its configuration has "
+                "zero_optimization: {memory_efficient_linear: false}."
+            )
         if is_loss(node):
             logits = read_loss(node).logits
             root = logits
@@ -171,4 +178,10 @@ def _notes(module: fx.GraphModule) -> list[str]:
                     f"a loss in this graph reads logits (`{root.name}`) made in another one: a graph break is between "
                     "head and loss. Compile one function that holds both (TORCH_LOGS=graph_breaks shows the break)."
                 )
-    return notes
+    return list(dict.fromkeys(notes))
+
+
+def _projects_wider(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the forward of a ``torch.autograd.Function`` in the graph projects something to more features."""
+    forward = getattr(module, str(node.args[0].target))  # pyright: ignore
+    return any(widens(n) for n in forward.graph.nodes)

@@ -306,6 +306,12 @@ def _amplifies(node: fx.Node, x: fx.Node) -> bool:
     return _last(out) > AMPLIFICATION * _last(value)
 
 
+def widens(node: fx.Node) -> bool:
+    """Whether a node is a projection whose output per token is wider than its input."""
+    projected = projection_input(node)
+    return projected is not None and _amplifies(node, projected[0])
+
+
 def contracts_over_tokens(x: fx.Node) -> bool:
     """Whether the last dimension of ``x`` was another one before a transpose (token mixing as in MLP-Mixer)."""
     node: Any = x

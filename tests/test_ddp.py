@@ -95,13 +95,12 @@ def train(
 
 
 CASES = {
-    "outside": functools.partial(train, build=llama),
+    "llama": functools.partial(train, build=llama),
     "inside": functools.partial(train, inside=True),
     "one bucket": functools.partial(train, whole=True),
     "static graph": functools.partial(train, static_graph=True, gradient_as_bucket_view=True, steps=3),
     "unused parameter": functools.partial(train, build=Unused, find_unused_parameters=True, steps=2),
     "accumulation": functools.partial(train, made={"micro": 3}),
-    "checkpointing": functools.partial(train, build=llama, checkpointing=True),
     "lengths": functools.partial(train, made={"lengths": (9, 23), "count": 40}),
     "ignored": functools.partial(train, made={"ignored": 1}),
     "ignored, summed": functools.partial(train, made={"ignored": 1, "count": 40}),
@@ -110,10 +109,24 @@ CASES = {
     ),
     "another backend": functools.partial(train, compile_with={"backend": "aot_eager"}),
 }
+INDUCTOR = {"backend": "mst", "options": {"mst.chunk_tokens": 8}}
+SLOW = {
+    "llama, checkpointing": functools.partial(train, build=llama, checkpointing=True),
+    "inductor": functools.partial(train, build=llama, compile_with=INDUCTOR, steps=2),
+}
+FOUR = {"four processes": functools.partial(train, made={"lengths": (9, 23, 16, 40), "ignored": 2, "count": 40})}
 
 
 def run_all(rank: int, world: int) -> dict[str, Any]:
     return run_cases(CASES, rank, world)
+
+
+def run_slow(rank: int, world: int) -> dict[str, Any]:
+    return run_cases(SLOW, rank, world)
+
+
+def run_four(rank: int, world: int) -> dict[str, Any]:
+    return run_cases(FOUR, rank, world)
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +135,34 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(run_all, 2, folder)
 
 
+def check(name: str, result: dict[str, Any]) -> None:
+    assert "error" not in result, result["error"]
+    assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
+    assert result.get("logits", 0) < 1e-6
+    assert result["fired"] == {1}, "a gradient hook did not fire once"
+    cut = result["graphs"]
+    assert cut == 1 if name == "one bucket" else cut > 3, f"{cut} graphs"
+    if name not in ("behind a function", "another backend"):
+        assert (chunked(result, "mlp"), chunked(result, "loss")) == (2, 1), result["text"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
-    for result in (r[name] for r in results):
-        assert "error" not in result, result["error"]
-        assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
-        assert result.get("logits", 0) < 1e-6
-        assert result["fired"] == {1}, "a gradient hook did not fire once"
-        cut = result["graphs"]
-        assert cut == 1 if name == "one bucket" else cut > 3, f"{cut} graphs"
-        if name not in ("behind a function", "another backend"):
-            assert (chunked(result, "mlp"), chunked(result, "loss")) == (2, 1), result["text"]
+    for result in results:
+        check(name, result[name])
+
+
+@pytest.mark.slow
+def test_checkpointing_and_inductor(tmp_path: Path) -> None:
+    for result in run_ranks(run_slow, 2, tmp_path, timeout=580):
+        for name in SLOW:
+            check(name, result[name])
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    for result in run_ranks(run_four, 4, tmp_path):
+        check("four processes", result["four processes"])
 
 
 def test_pieces_say_so(results: list[dict[str, Any]]) -> None:

@@ -81,12 +81,21 @@ CASES = {
     "ignored": functools.partial(train, made={"ignored": 1}),
     "ignored, summed": functools.partial(train, made={"ignored": 1, "count": 40}),
     "llama": functools.partial(train, build=functools.partial(llama, tie_word_embeddings=True)),
-    "llama, checkpointing": functools.partial(train, build=llama, checkpointing=True),
 }
+SLOW = {"llama, checkpointing": functools.partial(train, build=llama, checkpointing=True)}
+FOUR = {"four processes": functools.partial(train, made={"lengths": (9, 23, 16, 40), "ignored": 2, "count": 40})}
 
 
 def run_all(rank: int, world: int) -> dict[str, Any]:
     return run_cases(CASES, rank, world)
+
+
+def run_slow(rank: int, world: int) -> dict[str, Any]:
+    return run_cases(SLOW, rank, world)
+
+
+def run_four(rank: int, world: int) -> dict[str, Any]:
+    return run_cases(FOUR, rank, world)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +104,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(run_all, 2, folder)
 
 
+def check(name: str, result: dict[str, Any]) -> None:
+    assert "error" not in result, result["error"]
+    plain, ours = result["plain"], result["mst"]
+    slack = 4e-3 if "bf16" in name else 2e-6
+    assert ours["worst"] <= plain["worst"] * (1.5 if "bf16" in name else 1) + slack
+    assert ours["collectives"] == plain["collectives"]
+    assert ours["collectives"]["reduce_scatter"] == (1 if name == "one group" else 3)
+    assert chunked(result, "mlp") > 0, result["text"]
+    assert chunked(result, "loss") == (0 if "per block" in name else 1), result["text"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_and_collectives(results: list[dict[str, Any]], name: str) -> None:
-    for result in (r[name] for r in results):
-        assert "error" not in result, result["error"]
-        plain, ours = result["plain"], result["mst"]
-        slack = 4e-3 if "bf16" in name else 2e-6
-        assert ours["worst"] <= plain["worst"] * (1.5 if "bf16" in name else 1) + slack
-        assert ours["collectives"] == plain["collectives"]
-        assert ours["collectives"]["reduce_scatter"] == (1 if name == "one group" else 3)
-        assert chunked(result, "mlp") > 0, result["text"]
-        assert chunked(result, "loss") == (0 if "per block" in name else 1), result["text"]
+    for result in results:
+        check(name, result[name])
+
+
+@pytest.mark.slow
+def test_checkpointing(tmp_path: Path) -> None:
+    for result in run_ranks(run_slow, 2, tmp_path):
+        check("llama, checkpointing", result["llama, checkpointing"])
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    for result in run_ranks(run_four, 4, tmp_path):
+        check("four processes", result["four processes"])
