@@ -36,6 +36,7 @@ def train(
     build: Any = small,
     per_block: bool = False,
     shard_blocks: bool = True,
+    head_apart: bool = False,
     made: dict[str, Any] | None = None,
     checkpointing: bool = False,
     **policy: Any,
@@ -51,7 +52,7 @@ def train(
         sharded = copy.deepcopy(model)
         blocks = sharded.model.layers if hasattr(model, "config") else sharded.body.blocks
         mesh = init_device_mesh("cpu", (world,))
-        for part in [*(blocks if shard_blocks else []), sharded]:
+        for part in [*(blocks if shard_blocks else []), *([sharded.head] if head_apart else []), sharded]:
             fully_shard(part, mesh=mesh, **policy)
         for part in (blocks if per_block else [sharded]) if system == "mst" else []:
             part.compile(**MST)
@@ -72,6 +73,7 @@ CASES = {
     "whole": train,
     "per block": functools.partial(train, per_block=True),
     "one group": functools.partial(train, shard_blocks=False),
+    "head apart": functools.partial(train, head_apart=True),
     "kept gathered": functools.partial(train, reshard_after_forward=False),
     "offloaded": functools.partial(train, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bf16": functools.partial(train, **HALF),
@@ -110,15 +112,19 @@ def check(name: str, result: dict[str, Any]) -> None:
     slack = 4e-3 if "bf16" in name else 2e-6
     assert ours["worst"] <= plain["worst"] * (1.5 if "bf16" in name else 1) + slack
     assert ours["collectives"] == plain["collectives"]
-    assert ours["collectives"]["reduce_scatter"] == (1 if name == "one group" else 3)
+    assert ours["collectives"]["reduce_scatter"] == {"one group": 1, "head apart": 4}.get(name, 3)
     assert chunked(result, "mlp") > 0, result["text"]
-    assert chunked(result, "loss") == (0 if "per block" in name else 1), result["text"]
+    assert chunked(result, "loss") == (0 if "per block" in name or name == "head apart" else 1), result["text"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_and_collectives(results: list[dict[str, Any]], name: str) -> None:
     for result in results:
         check(name, result[name])
+
+
+def test_a_head_in_a_group_of_its_own_is_named(results: list[dict[str, Any]]) -> None:
+    assert "a graph break is between head and loss" in results[0]["head apart"]["text"]
 
 
 @pytest.mark.slow
