@@ -37,7 +37,7 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel")
 SYSTEMS = ("inductor", "mst")
 
 
-def wrap(engine: str, model: nn.Module, world: int, compile_with: dict[str, Any], device: str) -> tuple[Any, Any]:
+def wrap(engine: str, model: Any, world: int, compile_with: dict[str, Any], device: str) -> tuple[Any, Any]:
     """Hand a model to an engine and compile it; returns what to call, and what runs the backward of a loss."""
     if engine == "ddp":
         from torch.nn.parallel import DistributedDataParallel
@@ -102,7 +102,7 @@ def rank_main(args: argparse.Namespace) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     work = llama(**parse_pairs(args.set), dtype=torch.float32, device=args.device)
-    model = work.module
+    model: Any = work.module
     ids = work.inputs["input_ids"]
     torch.manual_seed(1)
     batches = [torch.randint(0, model.config.vocab_size, ids.shape, device=args.device) for _ in range(world)]
