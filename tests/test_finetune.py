@@ -262,7 +262,7 @@ def test_a_tokenizer_that_begins_texts_begins_each_document_once(models):
 def test_causal_attention_without_a_mask_is_the_same(models, family):
     """Of Mistral's window of 64 the mask says more than the flag does."""
     config = transformers.AutoConfig.from_pretrained(models(family))
-    name, sentence = choose_attention(config, True, None, torch.device("cpu"), 128)
+    name, sentence = choose_attention(config, True, None, torch.device("cpu"), 128, False)
     assert ("S x S" in sentence) == (family == "mistral")
     ids = torch.randint(0, 300, (2, 128))
     masks, results = [], []
@@ -286,6 +286,25 @@ def test_causal_attention_without_a_mask_is_the_same(models, family):
     assert all((mask is None) == (family == "llama") for mask in masks[0])
     assert error(results[0][0], results[1][0].double()) < 1e-6
     assert error(results[0][1], results[1][1].double()) < 1e-5
+
+
+def test_flash_attn_is_taken_where_it_can_run(models, monkeypatch):
+    configs = {f: transformers.AutoConfig.from_pretrained(models(f)) for f in ("llama", "gemma2", "falcon_mamba")}
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+
+    def chosen(family, device, half=True, asked=True):
+        return choose_attention(configs[family], asked, None, device, 128, half)[0]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (chosen("llama", gpu), chosen("gemma2", gpu), chosen("gemma2", cpu)) == (
+        "sdpa_causal", "flex_attention", None
+    )  # fmt: skip
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert [chosen(f, gpu) for f in configs] == ["flash_attention_2", "flash_attention_2", None]
+    assert (chosen("llama", gpu, half=False), chosen("llama", cpu)) == ("sdpa_causal", "sdpa_causal")
+    assert chosen("llama", gpu, asked=False) is None
+    with pytest.raises(UsageError, match="needs --bf16"):
+        choose_attention(configs["llama"], True, "flash_attention_2", gpu, 128, False)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def causal_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def choose_attention(
-    config: Any, use_flash_attn: bool, exactly: str | None, device: torch.device, length: int
+    config: Any, use_flash_attn: bool, exactly: str | None, device: torch.device, length: int, half: bool
 ) -> tuple[str | None, str]:
     """Return the name for ``from_pretrained(attn_implementation=...)``, and a sentence for the log.
 
@@ -44,12 +44,13 @@ def choose_attention(
         exactly: The user's own choice, which is taken or refused.
         device: Where it will run.
         length: Tokens per sequence.
+        half: Whether attention is computed in bf16 or fp16.
 
     Raises:
         UsageError: If ``exactly`` asks for flash-attn and it is not there.
     """
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    missing = _flash_attn_missing(device)
+    missing = _flash_attn_missing(device, half)
     if exactly:
         if exactly.startswith("flash_attention") and missing:
             raise UsageError(
@@ -76,8 +77,10 @@ def choose_attention(
     return CAUSAL, f"attention: PyTorch's SDPA, causal without a mask, so its own flash kernel ({why}){note}"
 
 
-def _flash_attn_missing(device: torch.device) -> str:
+def _flash_attn_missing(device: torch.device, half: bool) -> str:
     """Return why flash-attn can't be used; nothing if it can."""
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
-    return "" if device.type == "cuda" else f"flash-attn does not run on {device.type}"
+    if device.type != "cuda":
+        return f"flash-attn does not run on {device.type}"
+    return "" if half else "flash-attn needs --bf16 or --fp16"

@@ -35,10 +35,11 @@ def run_finetune(argv: Sequence[str]) -> int:
     args, training = parse(argv)
     options = _backend_options(args)
     config = load_config(args)
-    attention, sentence = choose_attention(
-        config, args.use_flash_attn, args.attn_implementation, training.device, args.model_max_length
-    )
     dtype = _dtype(args, training)
+    half = training.bf16 or training.fp16 or dtype in (torch.bfloat16, torch.float16)
+    attention, sentence = choose_attention(
+        config, args.use_flash_attn, args.attn_implementation, training.device, args.model_max_length, half
+    )
     if args.low_rank_training:
         _need_peft()
     tokenizer = load_tokenizer(args, config)
