@@ -107,6 +107,7 @@ def test_the_reference_command_as_printed(models, tmp_path, text, capfd):
     assert (chunked(report, "mlp"), chunked(report, "loss")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_low_rank_training(models, tmp_path, text, capfd):
     peft = pytest.importorskip("peft")
     argv = command(models("llama"), tmp_path, text, "--low_rank_training", "True", "--bf16", "False")

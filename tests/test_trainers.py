@@ -241,7 +241,8 @@ def tiny_for(tokenizer):
     return model
 
 
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
 def test_trl_sft(tmp_path, tokenizer, lora):
     """TRL's own head never forms the logits (``loss_type="nll"`` included); the MLPs are ours."""
     need("trl")
