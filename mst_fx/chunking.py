@@ -17,7 +17,7 @@ from torch import fx
 from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.config import Config
 from mst_fx.graph import fake, fake_tensor, module_path
-from mst_fx.inductor import compile_body
+from mst_fx.inductor import compile_body, global_settings
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Output
 from mst_fx.ops import BODIES, CompiledBody
@@ -136,7 +136,7 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         BodyError: If tracing or compiling fails, or a gradient can't be formed.
     """
     config = context.config
-    name = body.digest(op, config.accumulate, config.compiler, config.inductor, body.needs)
+    name = body.digest(op, config.accumulate, config.compiler, config.inductor, body.needs, global_settings())
     if name in BODIES:
         context.bodies[name] = _CODE[name]
         return name

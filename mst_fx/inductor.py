@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import pathlib
 import platform
 import threading
@@ -55,6 +56,7 @@ __all__ = [
     "fake_mode_of",
     "fake_tensors",
     "finish_kernels",
+    "global_settings",
     "is_piece",
     "keep_source",
     "kernels_at_once",
@@ -75,6 +77,17 @@ MINIMUM_TORCH = (2, 11)
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Return the Inductor options that ``torch.compile(mode=...)`` stands for."""
     return dict(list_mode_options(mode)) if mode else {}
+
+
+def global_settings() -> tuple[Any, ...]:
+    """Return what changes the code made of a graph without being one of its options, alike in every process."""
+    config = sorted(inductor_config.save_config_portable().items())
+    return (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        hashlib.sha256(repr(config).encode()).hexdigest(),
+    )
 
 
 @functools.cache

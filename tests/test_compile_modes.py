@@ -142,6 +142,17 @@ def test_two_models_and_a_reset_between_steps() -> None:
     assert len(mst_fx.reports()) >= 2
 
 
+def test_another_setting_of_torch_is_another_body() -> None:
+    """A body compiled under one setting must not serve under another: nothing in its content tells them apart."""
+    names = []
+    for settings in ({}, {"emulate_precision_casts": True}, {}):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(settings):
+            torch.compile(SwiGLU(), backend="mst", options=OPTIONS)(torch.randn(2, 23, 16))
+        names.append(mst_fx.reports()[-1].bodies[0].name)
+    assert names[0] == names[2] != names[1]
+
+
 def test_threads() -> None:
     models = [LanguageModel(SwiGLU()) for _ in range(3)]
     inputs, errors = token_inputs(), []
