@@ -56,6 +56,8 @@ class _Head:
         self.spec = spec
         self.inputs = list(inputs)
         self.versions = [_version(t) for t in inputs]
+        # Some optimizers and shardings write through `.data`, which no version counts.
+        self.samples = [_sample(t) for t in self.inputs[spec.num_chunked :]]
         self.shape = tuple(s if isinstance(s, int) else self._size(*s) for s in spec.shape)
 
     def _size(self, source: int, dim: int) -> int:
@@ -64,8 +66,10 @@ class _Head:
 
     @property
     def changed(self) -> bool:
-        """Whether the weights are others than in the forward."""
-        return [_version(t) for t in self.inputs] != self.versions
+        """Whether the weights are others than in the forward, or gone (FSDP frees what it gathered)."""
+        if [_version(t) for t in self.inputs] != self.versions or any(map(_is_freed, self.inputs)):
+            return True
+        return not all(map(torch.equal, map(_sample, self.inputs[self.spec.num_chunked :]), self.samples))
 
     def compute(self) -> torch.Tensor:
         """Compute the logits.
@@ -125,6 +129,16 @@ class _Deferred:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy some of a weight's elements, at most 32 along each dimension."""
+    with torch.no_grad():
+        return tensor[tuple(slice(None, None, -(-s // 32) or 1) for s in tensor.shape)].clone()
 
 
 _KEEP = 'Compile with options={"mst.logits": "keep"} to use the returned logits in a loss of your own.'

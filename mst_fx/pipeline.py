@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
@@ -159,14 +160,22 @@ def trains_loss(module: fx.GraphModule) -> bool:
 
 
 def _notes(module: fx.GraphModule) -> list[str]:
-    """Say where a loss sits in another graph than its logits, and which projections nobody may look into."""
+    """Say where a loss sits in another graph than its logits, and which graphs within this one nobody may look into."""
     notes = []
     for node in module.graph.nodes:
-        if node.target is OWN_BACKWARD and _projects_wider(module, node):
+        inner = _unread_graph(module, node)
+        if inner is None or not any(widens(n) for n in inner.graph.nodes):
+            pass
+        elif node.target is OWN_BACKWARD:
             notes.append(
                 f"a projection to something wider is computed by a torch.autograd.Function ({source_of(node)}), whose "
                 "backward is its own: left alone. DeepSpeed ZeRO-3 makes every linear one unless its configuration has "
                 "zero_optimization: {memory_efficient_linear: false}."
+            )
+        else:
+            notes.append(
+                f"`{node.target.name()}` runs a graph of its own ({source_of(node)}), which is left as it is: nothing "
+                "in it is chunked. Without the marking around that code its regions are found."
             )
         if is_loss(node):
             logits = read_loss(node).logits
@@ -181,7 +190,10 @@ def _notes(module: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _projects_wider(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the forward of a ``torch.autograd.Function`` in the graph projects something to more features."""
-    forward = getattr(module, str(node.args[0].target))  # pyright: ignore
-    return any(widens(n) for n in forward.graph.nodes)
+def _unread_graph(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """Return the (forward) graph of a higher-order op, but for checkpointed blocks: those are rewritten too."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target is CHECKPOINT:
+        return None
+    named = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    graphs = [getattr(module, str(t), None) for t in named]
+    return next((g for g in graphs if isinstance(g, fx.GraphModule)), None)

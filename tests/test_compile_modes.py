@@ -179,8 +179,8 @@ def test_threads() -> None:
         torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
 
 
-def test_regions_inside_a_regions_own_graph_are_named() -> None:
-    """Layers marked for compilation once are graphs of their own, which are not looked into: the report says so."""
+def test_regions_in_graphs_of_their_own() -> None:
+    """Layers marked for compilation once are graphs of their own, which are left alone: the report says so."""
 
     class Marked(nn.Module):
         def __init__(self) -> None:
@@ -193,6 +193,10 @@ def test_regions_inside_a_regions_own_graph_are_named() -> None:
     model, x = Marked(), torch.randn(2, 23, 16)
     fn = torch.compile(model, backend="mst", options=OPTIONS)
     torch.testing.assert_close(fn(x), model(x))
+    report = mst_fx.reports()[-1]
+    assert not report.chunked
+    assert "invoke_subgraph" in report.notes[0]
+    assert __file__ in report.notes[0]
 
 
 @pytest.mark.slow

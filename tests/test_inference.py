@@ -16,7 +16,7 @@ MODES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("order", [("grad", "no_grad", "grad"), ("inference", "grad", "inference", "no_grad")], ids=str)
+@pytest.mark.parametrize("order", [("inference", "grad", "no_grad", "inference", "grad")], ids=str)
 def test_grad_modes_by_turns(order: tuple[str, ...]) -> None:
     model, inputs = LanguageModel(SwiGLU()), token_inputs()
     expected = model(**inputs)
@@ -52,7 +52,7 @@ def test_logits_in_evaluation(mode: str) -> None:
 def test_generation(cache: str) -> None:
     model = hf("llama").eval()
     model.config.use_cache = True
-    prompts = [torch.randint(3, 128, (2, n)) for n in (19, 30, 11, 1)]
+    prompts = [torch.randint(3, 128, (2, n)) for n in (19, 30, 1)]
     settings = {"max_new_tokens": 5, "do_sample": False}
     settings |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
     expected = [model.generate(p, **settings) for p in prompts]

@@ -102,6 +102,17 @@ def test_raises_after_the_weights_have_changed() -> None:
         out.logits.sum()
 
 
+@pytest.mark.parametrize("change", [lambda w: w.data.mul_(1.01), lambda w: w.untyped_storage().resize_(0)])
+def test_raises_after_a_change_that_no_version_counts(change: Any) -> None:
+    """Sharded optimizers write through ``.data``; FSDP frees the weights it has gathered."""
+    model, out, _ = outputs()
+    version = model.lm_head.weight._version
+    change(model.lm_head.weight)
+    assert model.lm_head.weight._version == version
+    with pytest.raises(RuntimeError, match=r"weights.*changed.*mst\.logits"):
+        out.logits.sum()
+
+
 def test_what_was_touched_before_the_step_stays() -> None:
     model, out, expected = outputs()
     first = out.logits.detach() + 0

@@ -11,6 +11,7 @@ from tests.harness import EAGER, chunked
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
+slow = pytest.mark.slow
 SHAPES = [(2, 23), (2, 40), (3, 23), (5, 7), (2, 9), (4, 2), (7, 31), (2, 33), (3, 8), (2, 3)]
 
 
@@ -42,7 +43,7 @@ def test_batch_and_length_change_with_at_most_one_recompilation(dynamic: bool | 
     assert chunked(mst_fx.reports()[-1], "mlp") == chunked(mst_fx.reports()[-1], "loss") == 1
 
 
-@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("dims", [pytest.param((0,), marks=slow), (1,), (0, 1)], ids=str)
 def test_marked_dimensions_never_recompile(dims: tuple[int, ...]) -> None:
     model = LanguageModel(SwiGLU())
     fn = torch.compile(model, backend="mst", options=OPTIONS)
@@ -57,7 +58,7 @@ def test_marked_dimensions_never_recompile(dims: tuple[int, ...]) -> None:
     assert len(mst_fx.reports()[-1].chunked) == 2
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=slow), True])
 @pytest.mark.parametrize(
     "shapes", [[(1, 1), (1, 17), (1, 1)], [(2, 0), (2, 17), (2, 0)], [(2, 23), (1, 1), (2, 0)]], ids=str
 )
@@ -76,7 +77,7 @@ def test_all_labels_ignored() -> None:
     same_as_plain(fn, model, inputs)
 
 
-@pytest.mark.parametrize("tokens", [15, 16, 17, 48, 47, 61])
+@pytest.mark.parametrize("tokens", [15, 16, *(pytest.param(n, marks=slow) for n in (17, 47, 48, 61))])
 def test_lengths_that_equal_other_sizes(tokens: int) -> None:
     model = LanguageModel(SwiGLU())
     fn = torch.compile(model, backend="mst", dynamic=True, options={**OPTIONS, "mst.chunk_tokens": 16})
