@@ -205,6 +205,8 @@ class LazyLogits(torch.Tensor):
             dtype = _cast(func, lazy, args, kwargs)
             if dtype is not None and (cast := _recast(lazy, dtype)) is not None:
                 return cast
+        if func is torch.Tensor.register_hook and _is_of_torch(args[1] if len(args) > 1 else kwargs.get("hook")):
+            return super().__torch_function__(func, types, args, kwargs)
         if func in _ON_THE_GRAPH:
             _check_off_the_graph(args, kwargs)
         args, kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs))
@@ -226,6 +228,11 @@ def _recast(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
     if old.head is None:
         return None  # another view of these logits was read already
     return LazyLogits(_Deferred(old.head, (*old.casts, dtype), old), lazy.shape, lazy.device, grad)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether a hook is torch's own: FSDP2 hooks every output to learn when the backward begins; the loss tells it."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _check_off_the_graph(args: Any, kwargs: Any) -> None:
