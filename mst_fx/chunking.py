@@ -221,8 +221,7 @@ def _where(region: Region) -> dict[str, Any]:
     """Return where a region is: its module, and the names its nodes have in the graph before."""
     names = [n.meta["mst_origin"] for n in region.nodes if "mst_origin" in n.meta]
     first = region_key(region)
-    ends = region.amplifiers + (region.terminals if region.kind == "mlp" else [])
-    paths = [p.split(".") for p in map(module_path, ends) if p]
+    paths = [p.split(".") for p in map(module_path, region.ends) if p]
     shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
     return {"path": ".".join(shared), "nodes": (first, *(n for n in names if n != first))}
 

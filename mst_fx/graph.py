@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import pathlib
@@ -53,6 +54,7 @@ def module_path(node: fx.Node) -> str:
         return ""
     # Trainer wraps the forward for autocast: the model is the first of that function's arguments then.
     path = re.sub(r"^L\['(args'\]\[\d+|\w+')\]\.?", "", str(stack[-1][0]))
+    path = re.sub(r"\.?__dict__\['_modules'\]", "", path)  # reached through a wrapper's __getattr__
     path = re.sub(r"\['?(\w+)'?\]", r".\1", path.replace("_modules.", "").replace("._modules", ""))
     return path.replace("_orig_mod.", "").strip(".")
 
@@ -138,14 +140,19 @@ def _argument(node: fx.Node, name: str) -> Any:
     """Return an argument of a call by name, wherever it was given; None without such a parameter."""
     if name in node.kwargs:
         return node.kwargs[name]
-    try:
-        parameters = inspect.signature(node.target).parameters  # pyright: ignore
-    except (TypeError, ValueError):
-        return None
+    parameters = _parameters(node.target)
     if name not in parameters:
         return None
-    position = list(parameters).index(name)
+    position = parameters.index(name)
     return node.args[position] if position < len(node.args) else None
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:

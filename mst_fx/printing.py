@@ -48,6 +48,7 @@ def value_text(node: fx.Node) -> str:
 def parameter_name(name: str) -> str:
     """Return a placeholder's name as a path: ``l_self_modules_mlp_parameters_weight_`` -> ``mlp.weight``."""
     short = re.sub(r"^[lL]_(self_|fn_|args_\d+_|kwargs_)?", "", name)
+    short = re.sub(r"(^|_)dict_modules_", r"\1modules_", short)  # reached through a wrapper's __getattr__
     short = re.sub(r"_?modules_|_parameters_|_buffers_", ".", "_" + short if short.startswith("modules_") else short)
     return short.strip("._") or name
 

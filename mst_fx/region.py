@@ -13,6 +13,7 @@ node. What a region reads from outside (hidden states, residuals, labels, masks)
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from dataclasses import dataclass, field
@@ -59,6 +60,11 @@ class Region:
         """Whether nothing found so far forbids chunking."""
         return not self.problems and bool(self.terminals)
 
+    @property
+    def ends(self) -> list[fx.Node]:
+        """The nodes whose modules say where it is."""
+        return self.amplifiers + (self.terminals if self.kind == "mlp" else [])
+
     def absorb(self, other: Region) -> None:
         """Take over all of another region."""
         self.in_features = max(self.in_features, other.in_features)
@@ -72,6 +78,13 @@ def region_key(region: Region) -> str:
     """Return what a region is known by in a report: the name of its first amplifier in the graph before."""
     first = region.amplifiers[0]
     return first.meta.get("mst_origin", first.name)
+
+
+def module_stack(region: Region) -> dict[Any, Any]:
+    """Return the modules that hold all of a region, outermost first, as FX records them."""
+    stacks = [list(n.meta["nn_module_stack"].items()) for n in region.ends if n.meta.get("nn_module_stack")]
+    shared = itertools.takewhile(lambda level: all(x == level[0] for x in level), zip(*stacks, strict=False))
+    return dict(level[0] for level in shared)
 
 
 class Walk:

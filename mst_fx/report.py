@@ -107,7 +107,7 @@ class Report:
         Where nothing was chunked in a graph, both are one object.
         """
         if self not in _TIMELINES:
-            from mst_fx.liveness import timeline
+            from mst_fx.repeats import timeline
 
             found = []
             for pair in self.graphs:

@@ -19,7 +19,7 @@ from mst_fx import ops
 from mst_fx.graph import fake_tensor, grad_states, is_autocast_switch, is_in_place, mutated_storages, storages
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import LossCall, count, read_by_count, sum_dtype
-from mst_fx.region import region_key
+from mst_fx.region import module_stack, region_key
 from mst_fx.report import Mismatch
 from mst_fx.rows import same_size
 
@@ -134,9 +134,12 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
             new.meta["mst_replaces"] = fake_tensor(output.node)
             members = set(lifted.region.nodes)
             output.node.replace_all_uses_with(new, delete_user_cb=lambda u, m=members: u not in m)
+    stack = module_stack(lifted.region)
     for node in graph.nodes:
         if node not in known:
             node.meta["mst_region"] = region_key(lifted.region)
+            if stack:
+                node.meta["nn_module_stack"] = stack
     erase_dead(graph, [*lifted.region.nodes, *lifted.dead])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -107,6 +107,16 @@ def aligned_blocks(report: Report, number: int) -> list[Block]:
             stretches = [Stretch(tuple(rows), layers[0] if layers else _common_path(rows), name)]
         (nested if name else outer).extend(stretches)
     return [*_blocks(outer), *_blocks(nested)]
+
+
+def repeated_layers(graph: fx.Graph) -> Iterator[list[tuple[tuple[fx.Node, ...], tuple[str, ...]]]]:
+    """Yield every sequence of equal layers of one graph: for each repeat, its nodes and the layers' paths."""
+    for block in _blocks(_stretches([Row(n, n, kept=True) for n in graph.nodes], "")):
+        if len(block.repeats) > 1:
+            yield [
+                (tuple(r.node for s in stretches for r in s.rows), tuple(s.layer for s in stretches if s.layer))
+                for stretches in block.repeats
+            ]
 
 
 def aligned_rows(before: fx.Graph, after: fx.Graph, regions: Iterable[RegionReport] = ()) -> list[Row]:
