@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mst_fx.backend import compile_chunked
 from mst_fx.config import Config
-from mst_fx.graph_diff import fold_paths
+from mst_fx.graph_diff import fold_paths, nodes_in_order
 from mst_fx.inductor import compile_graph
 from mst_fx.render import short_source
 from mst_fx.report import RegionReport, Report, join_reports
@@ -56,7 +56,7 @@ class Row:
     @property
     def failed(self) -> bool:
         """Whether ours is worse than plain by more than the tolerance."""
-        return bool(self.problem) or not (self.our_error <= self.bound or self.plain_error != self.plain_error)
+        return bool(self.problem) or not self.our_error <= self.bound
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,23 @@ def check(
     found = Check(rows, report, compiler, slack)
     if not found.failures:
         return found
-    for i, region in enumerate(report.chunked):
+    for i, region in enumerate(in_graph_order(report)):
         progress(f"worse than plain; rewriting region {i + 1} of {len(report.chunked)} alone")
         alone, _ = _run_ours(call, config, [region])
         moved = tuple(r for r in _compare(truth, plain, alone, slack, factor) if r.failed)
         if moved:
             return Check(rows, report, compiler, slack, region, moved)
     return found
+
+
+def in_graph_order(report: Report) -> list[RegionReport]:
+    """Return the chunked regions in the order in which the model runs them."""
+    places = {
+        (number, *place): i
+        for number, pair in enumerate(report.graphs)
+        for i, place in enumerate(nodes_in_order(pair.before))
+    }
+    return sorted(report.chunked, key=lambda r: (r.number, places.get((r.number, r.graph, *r.nodes[:1]), len(places))))
 
 
 def _run_truth(call: _Call) -> Values:
@@ -334,18 +344,35 @@ def _compare(truth: Values, plain: Values, ours: Values, slack: float, factor: f
 def _row(
     name: str, truth: torch.Tensor, plain: torch.Tensor, ours: torch.Tensor | None, slack: float, factor: float
 ) -> Row:
-    theirs = _error(plain, truth)
-    bound = theirs * factor + slack
     if ours is None or ours.shape != plain.shape:
         problem = "missing" if ours is None else f"has shape {tuple(ours.shape)}, plain's is {tuple(plain.shape)}"
-        return Row(name, theirs, float("nan"), bound, (), *[float("nan")] * 3, problem)
+        return Row(name, _error(plain, truth), float("nan"), float("nan"), (), *[float("nan")] * 3, problem)
     problem = "" if ours.dtype == plain.dtype else f"is {ours.dtype}, plain's is {plain.dtype}"
-    index: tuple[int, ...] = ()
-    if truth.numel():
-        flat = int((ours.double() - truth).abs().argmax())
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), truth.shape))
+    where = _number_lost(truth, plain, ours)
+    if where is not None:
+        is_number = truth.flatten()[where].isfinite()
+        problem = "has no number where plain has" if is_number else "is not NaN or infinite as plain rightly is"
+    elif truth.numel():
+        where = int((ours.double() - truth).abs().nan_to_num(nan=-1.0).argmax())
+    index = () if where is None else tuple(int(i) for i in torch.unravel_index(torch.tensor(where), truth.shape))
     at = [v[index].item() if v.numel() else 0.0 for v in (plain, ours, truth)]
-    return Row(name, theirs, _error(ours, truth), bound, index, at[0], at[1], at[2], problem)
+    comparable = truth.isfinite() & plain.isfinite() & ours.isfinite()
+    theirs, mine = (_error(torch.where(comparable, v, 0), torch.where(comparable, truth, 0)) for v in (plain, ours))
+    return Row(name, theirs, mine, theirs * factor + slack, index, at[0], at[1], at[2], problem)
+
+
+def _number_lost(truth: torch.Tensor, plain: torch.Tensor, ours: torch.Tensor) -> int | None:
+    """Return the first place where plain has the truth's infinity, NaN or a number, and ours has not.
+
+    Where plain itself has NaN for a number, ours may have anything.
+    """
+    is_right = torch.where(truth.isfinite(), plain.isfinite(), _same(plain, truth))
+    is_lost = is_right & ~torch.where(truth.isfinite(), ours.isfinite(), _same(ours, truth))
+    return int(is_lost.flatten().int().argmax()) if is_lost.any() else None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def _error(value: torch.Tensor, truth: torch.Tensor) -> float:

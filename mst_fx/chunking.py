@@ -213,7 +213,8 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
         count = math.prod(value.shape[:-1])
         tokens = count if isinstance(count, int) else str(count)
     hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
-    wide = hint * wide_bytes(region, lifted)
+    trains = any(v.requires_grad for n in region.nodes for v in _tensors(fake(n)))
+    wide = hint * wide_bytes(region, lifted) * (2 if trains else 1)  # as planned: values and their gradients
     return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason, **_where(region))
 
 

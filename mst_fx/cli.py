@@ -26,6 +26,7 @@ from mst_fx.models import (
     short_traceback,
 )
 from mst_fx.page import check_writable, page_text
+from mst_fx.render import memory
 from mst_fx.report import Report
 
 
@@ -142,7 +143,7 @@ def _diff(args: argparse.Namespace) -> int:
         report.to_html(args.html)
     checked = _check(args, subject) if args.check else None
     if args.format == "json":
-        data = {**report.to_dict(), "hunks": [_hunk(h) for h in hunks(report)]}
+        data = {**report.to_dict(), "memory": _memory(report), "hunks": [_hunk(h) for h in hunks(report)]}
         text = json.dumps({**data, "check": checked.to_dict()} if checked else data, indent=1)
     elif args.format == "html":
         text = page_text(report)
@@ -153,6 +154,16 @@ def _diff(args: argparse.Namespace) -> int:
     if checked and checked.failures and args.format == "html":
         print(checked, file=sys.stderr)
     return 1 if checked and checked.failures else 0
+
+
+def _memory(report: Report) -> list[dict[str, Any]]:
+    """Return per graph what a step is estimated to take before and after."""
+    found, _ = memory(report)
+    names = ("peak_bytes", "saved_bytes", "largest_bytes", "largest")
+    return [
+        {when: {n: getattr(t, n) for n in names} for when, t in zip(("before", "after"), pair, strict=True)}
+        for pair in found
+    ]
 
 
 def _hunk(hunk: Hunk) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
-from mst_fx.report import format_bytes
+from mst_fx.plan import format_bytes
 
 SIZES = {
     "cpu": {"hidden": 128, "intermediate": 512, "layers": 2, "heads": 4, "seq_len": 8192, "steps": 6},

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from mst_fx.graph import source_of
-from mst_fx.printing import node_line, parameter_name
+from mst_fx.graph import CHECKPOINT, source_of
+from mst_fx.printing import inline, node_line, parameter_name
 from mst_fx.report import BodyCode, GraphPair, RegionReport, Report
 
 
@@ -98,6 +98,21 @@ def subgraphs(module: fx.GraphModule, name: str = "") -> dict[str, fx.GraphModul
     return found
 
 
+def nodes_in_order(module: fx.GraphModule, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (graph, node) by name as they run: a checkpointed block's nodes where the block is called."""
+    inner = dict(module.named_children())
+    for node in module.graph.nodes:
+        yield name, node.name
+        child = called_block(node)
+        if child in inner:
+            yield from nodes_in_order(inner[child], f"{name}.{child}" if name else child)  # pyright: ignore
+
+
+def called_block(node: fx.Node) -> str:
+    """Return the name of the checkpointed block's graph that a node calls, "" for any other node."""
+    return str(node.args[0].target) if node.target is CHECKPOINT else ""  # pyright: ignore
+
+
 def fold_paths(paths: list[str]) -> str:
     """Fold paths that differ in one number: ``layers.0.mlp, layers.1.mlp`` -> ``layers.{0-1}.mlp``."""
     named = [p for p in dict.fromkeys(paths) if p]
@@ -124,7 +139,8 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _lines(nodes: list[fx.Node], region: RegionReport | None) -> tuple[Line, ...]:
-    return tuple(Line(node_line(n, lambda m: short_name(m, region)), source_of(n)) for n in nodes)
+    shown, name_of = inline(nodes, lambda n: short_name(n, region))
+    return tuple(Line(node_line(n, name_of), source_of(n)) for n in shown)
 
 
 def short_name(node: fx.Node, region: RegionReport | None = None) -> str:

@@ -57,6 +57,7 @@ __all__ = [
     "fake_tensors",
     "finish_kernels",
     "global_settings",
+    "graph_break",
     "is_piece",
     "keep_source",
     "kernels_at_once",
@@ -125,6 +126,17 @@ def is_piece() -> bool:
     """Whether the graph being compiled is one of several DDP has cut the user's into."""
     context = TracingContext.try_get()
     return context is not None and context.fakify_first_call
+
+
+def graph_break(module: fx.GraphModule) -> tuple[str, str] | None:
+    """Return where in the user's code a graph break ended a Dynamo graph, and why; None where none did."""
+    found = getattr(module, "compile_subgraph_reason", None)
+    if found is None or not found.graph_break:
+        return None
+    frame = found.user_stack[-1] if found.user_stack else None
+    return f"{frame.filename}:{frame.lineno}" if frame else "an unknown place", (
+        str(found.reason).splitlines() or [""]
+    )[0]
 
 
 def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ from mst_fx.body import Term
 from mst_fx.chunking import size_hint
 from mst_fx.graph import module_path, source_of
 from mst_fx.inductor import cpu_multiplies, partition
-from mst_fx.ops import BODIES, PRODUCT_BLOCK_BYTES, CompiledBody
+from mst_fx.ops import BODIES, MAP, PRODUCT_BLOCK_BYTES, SUM, CompiledBody
 from mst_fx.pipeline import copy_graph
 from mst_fx.printing import node_line, target_text, value_text
 
@@ -314,15 +314,18 @@ def _size(size: Any, rows: int | None) -> int:
 # -- loops over chunks -------------------------------------------------------------------------------
 
 
+_LOOPS = {MAP, SUM, torch.ops.mst_fx.map_backward.default}
+
+
 def _loop_bytes(node: fx.Node) -> int:
     """Return the bytes a loop over chunks needs beyond its results; 0 for other nodes."""
-    if getattr(node.target, "namespace", "") != "mst_fx":
+    if node.target not in _LOOPS:
         return 0
     offset = 1 if node.target is torch.ops.mst_fx.map_backward.default else 0
     chunked, _, _, name, chunk_tokens = node.args[offset:]
     found = BODIES[str(name)]
     rows = min(int(chunk_tokens), size_hint(chunked[0].meta["val"].shape[0]))  # pyright: ignore
-    if node.target is torch.ops.mst_fx.map.default:
+    if node.target is MAP:
         return _body_bytes(found.graph, rows)[0]
     return _gradient_bytes(found, node, rows)
 

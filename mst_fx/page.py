@@ -12,10 +12,20 @@ from markupsafe import Markup
 from torch import fx
 
 from mst_fx.graph_diff import fold_paths, short_name
+from mst_fx.plan import format_bytes
 from mst_fx.plot import BOX, NoMatplotlibError, Point, forward_share, points, timeline_svg
 from mst_fx.printing import SHORT, node_line
-from mst_fx.render import advice_lines, folded_regions, headline, memory, plan_text, region_cells, short_source
-from mst_fx.report import RegionReport, Report, format_bytes
+from mst_fx.render import (
+    advice_lines,
+    folded_regions,
+    headline,
+    memory,
+    plan_text,
+    region_cells,
+    region_detail,
+    short_source,
+)
+from mst_fx.report import RegionReport, Report
 from mst_fx.side_by_side import Block, Row, Stretch, aligned_blocks
 
 COLUMNS = ("status", "kind", "where", "tokens", "chunks", "wide bytes")
@@ -154,7 +164,7 @@ def _region(region: RegionReport, body: int) -> dict[str, Any]:
 def _group(data: _Data, group: list[RegionReport]) -> dict[str, Any]:
     return {
         "cells": list(zip(COLUMNS, region_cells(group), strict=True)),
-        "reason": short_source(group[0].reason),
+        "reason": region_detail(group),
         "status": group[0].status,
         "region": data.region(group[0]),
     }

@@ -15,7 +15,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, fake, fake_tensor, source_of, walking
-from mst_fx.inductor import fake_mode_of, keep_source, without_saved_tensor_hooks
+from mst_fx.inductor import fake_mode_of, graph_break, keep_source, without_saved_tensor_hooks
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
@@ -66,6 +66,9 @@ def run_passes(
                 if only is not None:
                     context.allowed = frozenset(key for name, key in only if name == graph.name)
                 _run_on(graph, context)
+    broken = graph_break(module)
+    if broken is not None and any(r.kind == "loss" and r.status == "skipped" for r in context.reports):
+        notes.append(f"a graph break ends the graph of these logits at {broken[0]}: {broken[1]}")
     chunked = any(r.status == "chunked" for r in context.reports)
     before = copy_graph(module, KEPT)
     before.meta["mst_ambient"] = autocast_now()  # autocast around the compiled function is not in its graph
@@ -75,7 +78,7 @@ def run_passes(
     log.info(
         "mst: %d of %d regions chunked in %.2f s",
         len(report.chunked),
-        len(report.regions),
+        sum(not r.is_attention for r in report.regions),
         time.perf_counter() - started,
     )
     for r in report.regions:

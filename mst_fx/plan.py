@@ -62,9 +62,9 @@ def plan_chunks(
     if plan.num_chunks < 2:
         return f"too small: {tokens} tokens fit in one chunk of {size}"
     if chunk_tokens == "auto" and plan.bytes_after > 0.75 * before:
-        return f"not worthwhile: {before} bytes of wide values would become {plan.bytes_after}"
+        return f"not worthwhile: {format_bytes(before)} of wide values would become {format_bytes(plan.bytes_after)}"
     if chunk_tokens == "auto" and before - plan.bytes_after < MIN_SAVED_BYTES:
-        return f"too small: chunking would save {before - plan.bytes_after} bytes only"
+        return f"too small: chunking would save {format_bytes(before - plan.bytes_after)} only"
     return plan
 
 
@@ -72,3 +72,13 @@ def _auto_chunk_tokens(kind: str, tokens: int, wide_bytes: int, narrow_bytes: in
     fixed = accumulator_bytes + tokens * narrow_bytes
     size = 2 ** round(math.log2(max(fixed / max(wide_bytes, 1), 1)))
     return max(MIN_CHUNK_TOKENS[kind], min(size, MAX_CHUNK_TOKENS))
+
+
+def format_bytes(count: int) -> str:
+    """Render a byte count with a binary unit."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit in ("B", "KiB") else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")

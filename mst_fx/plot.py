@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mst_fx.report import format_bytes
+from mst_fx.plan import format_bytes
 
 BOX = (0.062, 0.1, 0.926, 0.84)
 """Left, bottom, width and height of the plotted area, as shares of the picture."""

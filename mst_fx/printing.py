@@ -5,8 +5,9 @@ silu: float32[1, 4096, 1792] = silu(linear)
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def node_line(node: fx.Node, name_of: Callable[[fx.Node], str] = lambda n: n.nam
     kind = value_text(node)
     if node.op in ("placeholder", "get_attr"):
         return f"{name_of(node)}: {kind} = {node.op}" if kind else f"{name_of(node)} = {node.op}"
-    args = [_show(a, name_of) for a in node.args] + [f"{k}={_show(v, name_of)}" for k, v in node.kwargs.items()]
+    args = [*_positional(node, name_of), *(f"{k}={_show(v, name_of)}" for k, v in node.kwargs.items())]
     return f"{name_of(node)}{': ' + kind if kind else ''} = {target_text(node)}({', '.join(args)})"
 
 
@@ -37,12 +38,60 @@ def target_text(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def _positional(node: fx.Node, name_of: Callable[[fx.Node], str]) -> list[str]:
+    """Return the positional arguments; those of our own ops that are no tensors by name, absent ones left out."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "mst_fx":
+        return [_show(a, name_of) for a in node.args]
+    named = zip((a.name for a in node.target._schema.arguments), node.args, strict=False)
+    plain = (fx.Node, list, tuple)
+    return [
+        _show(a, name_of) if isinstance(a, plain) else f"{name}={_show(a, name_of)}"
+        for name, a in named
+        if a is not None
+    ]
+
+
 def value_text(node: fx.Node) -> str:
-    """Return dtype and shape of a node's fake tensor, "" without one."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if not isinstance(value, torch.Tensor):
-        return ""
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    """Return dtype and shape of a node's fake tensor or tensors, "" without one."""
+    return _type_text(node.meta.get("example_value", node.meta.get("val")))
+
+
+def _type_text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        inner = ", ".join(_type_text(v) or "-" for v in value)
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    return ""
+
+
+def inline(
+    nodes: Sequence[fx.Node], name_of: Callable[[fx.Node], str]
+) -> tuple[list[fx.Node], Callable[[fx.Node], str]]:
+    """Leave out nodes that read better where they are used: ``w.T`` for a transpose, ``x[0]`` of several results.
+
+    Returns:
+        The nodes that are left, and the names of all.
+    """
+    own = set(nodes)
+
+    def suffix(node: fx.Node) -> str:
+        source = node.args[0] if node in own and node.args else None
+        if not isinstance(source, fx.Node):
+            return ""
+        if node.target is torch.ops.aten.t.default:
+            return ".T"
+        several = value_text(source).startswith("(")
+        return f"[{node.args[1]}]" if node.target is operator.getitem and several and source in own else ""
+
+    def named(node: fx.Node) -> str:
+        if node.target is torch.ops.aten.sym_size.int:
+            return str(node.meta["val"])
+        last = suffix(node)
+        return f"{named(node.args[0])}{last}".removesuffix(".T.T") if last else name_of(node)  # pyright: ignore
+
+    hidden = (torch.ops.aten.sym_size.int,)
+    return [n for n in nodes if n.target not in hidden and not suffix(n)], named
 
 
 def parameter_name(name: str) -> str:
@@ -83,7 +132,8 @@ def body_code(module: fx.GraphModule) -> str:
         return names.get(node, node.name)
 
     lines = [f"def body({', '.join(f'{name}: {value_text(n)}' for n, name in names.items())}):"]
-    lines += ["    " + node_line(n, name_of) for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")]
+    shown, name = inline([n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")], name_of)
+    lines += ["    " + node_line(n, name) for n in shown]
     text = "\n".join(lines)
     for symbol in symbols:
         text = re.sub(rf"\b{re.escape(symbol)}\b", "C", text)
@@ -103,5 +153,5 @@ def _show(value: Any, name_of: Callable[[fx.Node], str]) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_show(v, name_of)}" for k, v in value.items()) + "}"
     if isinstance(value, str):
-        return f"body {value[:SHORT]}" if re.fullmatch(r"[0-9a-f]{24}", value) else repr(value)
+        return value[:SHORT] if re.fullmatch(r"[0-9a-f]{24}", value) else repr(value)
     return str(value)

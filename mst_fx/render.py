@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mst_fx.graph_diff import Hunk, Line, fold_paths, hunks
+from mst_fx.plan import format_bytes
 from mst_fx.printing import SHORT
-from mst_fx.report import RegionReport, Report, format_bytes
+from mst_fx.report import RegionReport, Report
 
 RED, GREEN, BOLD, DIM, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[2m", "\033[0m"
 
@@ -17,31 +19,47 @@ RED, GREEN, BOLD, DIM, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[2m", "\0
 def headline(report: Report) -> str:
     """Return the first line of everything: how much was chunked."""
     graphs = "1 graph" if report.num_graphs == 1 else f"{report.num_graphs} graphs"
-    return f"mst: {len(report.chunked)} of {len(report.regions)} regions chunked in {graphs}"
+    attention = sum(r.is_attention for r in report.regions)
+    rest = f"; attention ({attention} projection{'s' if attention > 1 else ''}) is left alone" if attention else ""
+    return f"mst: {len(report.chunked)} of {len(report.regions) - attention} regions chunked in {graphs}{rest}"
 
 
 def explain_text(report: Report) -> str:
     """Return the headline, a table of every region considered (equal ones folded), and what can be done."""
     lines = [headline(report)]
     groups = list(folded_regions(report.regions))
-    if not groups:
+    if not any(not g[0].is_attention for g in groups):
         lines.append("  no wide token-wise region found; compiled as plain Inductor would")
-    rows = [("status", "kind", "where", "tokens", "chunks", "wide bytes"), *(region_cells(g) for g in groups)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    reasons = ["", *(short_source(g[0].reason) for g in groups)]
-    for row, reason in zip(rows, reasons, strict=True):
-        if groups:
-            lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
-            lines += [f"      {reason}"] if reason else []
+    if groups:
+        lines += _table(groups)
     lines += [f"  note: {short_source(n)}" for n in report.notes]
     if advice := advice_lines(report):
         lines += ["what you can do:", *(f"  - {a}" for a in advice)]
     return "\n".join(lines)
 
 
+WHERE = 2
+"""The column that is wrapped."""
+
+
+def _table(groups: Sequence[list[RegionReport]]) -> Iterator[str]:
+    rows = [("status", "kind", "where", "tokens", "chunks", "wide bytes"), *(region_cells(g) for g in groups)]
+    places = [textwrap.wrap(row[WHERE], 60, break_long_words=False, break_on_hyphens=False) or [""] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths[WHERE] = max(len(line) for place in places for line in place)
+    details = ["", *(region_detail(g) for g in groups)]
+    for row, place, detail in zip(rows, places, details, strict=True):
+        cells = [place[0] if i == WHERE else c for i, c in enumerate(row)]
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
+        indent = " " * (2 + sum(w + 2 for w in widths[:WHERE]))
+        yield from (indent + line for line in place[1:])
+        if detail:
+            yield f"      {detail}"
+
+
 def advice_lines(report: Report) -> list[str]:
-    """Return what a user can do about the skipped regions, each once."""
-    return list(dict.fromkeys(a for r in report.regions if r.status == "skipped" and (a := advise(r.reason))))
+    """Return what a user can do about the skipped regions, and about logits that are kept, each once."""
+    return list(dict.fromkeys(a for r in report.regions if (a := advise(r.reason))))
 
 
 def advise(reason: str) -> str:
@@ -52,8 +70,12 @@ def advise(reason: str) -> str:
 ADVICE = (
     (r"^too small|^not worthwhile", "small regions are left alone by mst.chunk_tokens='auto'; an int chunks them too"),
     (r"compute the loss inside", "pass labels to the model, or compile a function that returns the loss"),
+    (
+        r"returned logits are kept",
+        "mst.logits='lazy' (the default) does not hold the returned logits until they are read",
+    ),
     (r"logits leave a checkpointed block", "keep the head outside the checkpointed block"),
-    (r"returned logits", "mst.logits='drop' leaves the logits out"),
+    (r"the returned logits", "mst.logits='drop' leaves the logits out"),
     (r"is returned", "return the value computed once more outside, or not at all, for its region to be chunked"),
     (r"in place", "write the operation out of place (x = x + y) for its region to be chunked"),
     (r"subclass|DTensor", "chunking needs plain weights where the layer runs: FSDP2 compiled per block has them"),
@@ -148,30 +170,37 @@ def _aligned(lines: Iterable[Line]) -> list[str]:
 
 
 def folded_regions(regions: Iterable[RegionReport]) -> Iterable[list[RegionReport]]:
-    """Return the regions, equal ones together."""
+    """Return the regions, equal ones together; last of all attention, all of it together."""
     groups: dict[object, list[RegionReport]] = {}
-    for r in regions:
+    for r in sorted(regions, key=lambda r: r.is_attention):
         reason = re.sub(r"`(\w+?)(_\d+)?`", r"`\1`", r.reason)
         key = (r.kind, r.source, str(r.tokens), r.chunk_tokens, r.bytes_before, r.bytes_after, r.status, reason)
-        groups.setdefault(key, []).append(r)
+        groups.setdefault("attention" if r.is_attention else key, []).append(r)
     return groups.values()
 
 
 def region_cells(group: list[RegionReport]) -> tuple[str, ...]:
     """Return status, kind, place, tokens, chunks and wide bytes of equal regions."""
     r = group[0]
-    kind = f"{r.kind} x{len(group)}" if len(group) > 1 else r.kind
-    where = " ".join(filter(None, [short_source(r.source), fold_paths([x.path for x in group])]))
-    chunks = f"{r.num_chunks} of {r.chunk_tokens}" if r.num_chunks else "-"
-    wide = format_bytes(r.bytes_before)
+    kind = "attention" if r.is_attention else r.kind
+    wide = max(x.bytes_before for x in group)
     return (
         r.status,
-        kind,
-        where,
-        str(r.tokens),
-        chunks,
-        f"{wide} -> {format_bytes(r.bytes_after)}" if chunks != "-" else wide,
+        f"{kind} x{len(group)}" if len(group) > 1 else kind,
+        fold_paths([x.path for x in group]) or short_source(r.source),
+        ", ".join(dict.fromkeys(str(x.tokens) for x in group)),
+        f"{r.num_chunks} of {r.chunk_tokens}" if r.num_chunks else "-",
+        format_bytes(wide) + (f" -> {format_bytes(r.bytes_after)}" if r.num_chunks else ""),
     )
+
+
+def region_detail(group: list[RegionReport]) -> str:
+    """Return where equal regions are in the user's code, and the reason for what became of them."""
+    r = group[0]
+    sources = dict.fromkeys(short_source(x.source) for x in group)
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    source = f"{next(iter(sources))}{more}" if r.path or more else ""
+    return "; ".join(filter(None, [source, short_source(r.reason)]))
 
 
 def short_source(text: str) -> str:

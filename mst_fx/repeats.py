@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,7 +119,7 @@ def _returned(units: Sequence[Unit]) -> set[int] | None:
 
 
 def _joined_alike(module: fx.GraphModule, units: Sequence[Unit]) -> bool:
-    """Whether units are equal and each reads the same of the one before, the same from outside, or a weight of its own."""
+    """Whether units are equal, and each reads weights of its own, what all read, or the same of the one before."""
     first, *others = (_form(module, u.nodes, _slots(u)) for u in units)
     if any(form != first for form in others):
         return False
@@ -231,7 +232,8 @@ def _length(short: Sequence[Moment], long: Sequence[Moment]) -> int:
 
 def _kind(moment: Moment) -> tuple[str, str]:
     """Return what is equal for equal steps of different layers: result and op, and where they come from."""
-    return moment.text.partition(": ")[2].partition("(")[0], moment.source
+    found = re.search(r": (.* = [\w.]+)\(", moment.text)
+    return found.group(1) if found else "", moment.source
 
 
 def _repeated(long: Sequence[Moment], parts: Sequence[Part], extra: int, names: _Names) -> Iterator[Moment]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +51,12 @@ class RegionReport:
     """Its nodes in the graph before, first amplifier first."""
     body: str = ""
     """Name of the chunk body that replaces it."""
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is no MLP but projections into attention, which never are chunked."""
+        found = re.search(r"is attention: it mixes tokens|of the tokens with each other", self.reason)
+        return self.status == "skipped" and found is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,13 +173,3 @@ def join_reports(reports: list[Report]) -> Report:
         bodies=tuple({b.name: b for rep in reports for b in rep.bodies}.values()),
         graphs=tuple(g for rep in reports for g in rep.graphs),
     )
-
-
-def format_bytes(count: int) -> str:
-    """Render a byte count with a binary unit."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit in ("B", "KiB") else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")

@@ -12,12 +12,12 @@ import bisect
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from mst_fx.graph import module_path, source_of
-from mst_fx.graph_diff import fold_paths, ordinals, subgraphs
+from mst_fx.graph_diff import called_block, fold_paths, ordinals, subgraphs
 from mst_fx.printing import node_line
 from mst_fx.report import RegionReport, Report
 
@@ -88,25 +88,34 @@ class Block:
 
 
 def aligned_blocks(report: Report, number: int) -> list[Block]:
-    """Return one graph of a report before and after, checkpointed blocks' graphs after the outermost.
+    """Return one graph of a report before and after, checkpointed blocks' graphs where they are called.
 
     Args:
         report: From ``explain`` or ``reports``.
         number: Which of its graphs.
     """
     pair = report.graphs[number]
-    after = subgraphs(pair.after)
-    outer: list[Stretch] = []
-    nested: list[Stretch] = []
-    for name, before in subgraphs(pair.before).items():
+    before, after = subgraphs(pair.before), subgraphs(pair.after)
+
+    def stretches(name: str) -> Iterator[Stretch]:
         regions = [r for r in report.chunked if r.number == number and r.graph == name and r.nodes]
-        rows = aligned_rows(before.graph, after[name].graph, regions)
-        stretches = _stretches(rows, name)
-        layers = [s.layer for s in stretches if s.layer]
+        rows = aligned_rows(before[name].graph, after[name].graph, regions)
+        found = _stretches(rows, name)
+        layers = [s.layer for s in found if s.layer]
         if name and len(layers) < 2:
-            stretches = [Stretch(tuple(rows), layers[0] if layers else _common_path(rows), name)]
-        (nested if name else outer).extend(stretches)
-    return [*_blocks(outer), *_blocks(nested)]
+            found = [Stretch(tuple(rows), layers[0] if layers else _common_path(rows), name)]
+        for stretch in found:
+            start = 0
+            for i, row in enumerate(stretch.rows, 1):
+                child = called_block(row.node)
+                if child:
+                    yield replace(stretch, rows=stretch.rows[start:i])
+                    yield from stretches(f"{name}.{child}" if name else child)
+                    start = i
+            if stretch.rows[start:]:
+                yield replace(stretch, rows=stretch.rows[start:])
+
+    return _blocks([*stretches("")])
 
 
 def repeated_layers(graph: fx.Graph) -> Iterator[list[tuple[tuple[fx.Node, ...], tuple[str, ...]]]]:

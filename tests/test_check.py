@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mst_fx.ops as ops
-from mst_fx.check import Check, IncomparableError, check
+from mst_fx.check import Check, IncomparableError, Row, _compare, check, in_graph_order
 from mst_fx.recipe import enable_checkpointing
 from tests.models import Between, H, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
@@ -83,6 +83,48 @@ def test_planted_bug_in_a_checkpointed_block_is_named(monkeypatch: pytest.Monkey
 def test_tolerance_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, 80)
     assert not run(LanguageModel(Between(nn.GELU(), 80)), token_inputs(), tolerance=1.0).failures
+
+
+class AllIgnored(LanguageModel):
+    """Its loss is NaN, as torch's is without a label."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, torch.full_like(labels, -100))
+
+
+def test_plain_nan_must_be_ours_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(AllIgnored(SwiGLU()), token_inputs())
+    assert not found.failures, str(found)
+    loss = next(r for r in found.rows if r.name == "output")
+    assert loss.plain != loss.plain
+    monkeypatch.setattr("mst_fx.rewrite._divided", lambda graph, total, count: total)
+    found = run(AllIgnored(SwiGLU()), token_inputs())
+    assert [r.name for r in found.failures] == ["output"]
+    assert "is not NaN or infinite as plain rightly is" in str(found)
+
+
+def test_numbers_lost() -> None:
+    nan, inf = float("nan"), float("inf")
+    truth, plain = torch.tensor([1.0, 2.0, inf, nan]).double(), torch.tensor([1.0, nan, inf, nan])
+    good = compare(truth, plain, torch.tensor([1.0, 5.0, inf, nan]))
+    assert not good.failed  # plain has no number at 1: ours may have any
+    for wrong, index in (([nan, 2, inf, nan], 0), ([1, 2, -inf, nan], 2), ([1, 2, 3, nan], 2), ([1, 2, inf, 0], 3)):
+        row = compare(truth, plain, torch.tensor(wrong))
+        assert row.failed
+        assert row.index == (index,)
+
+
+def compare(truth: torch.Tensor, plain: torch.Tensor, ours: torch.Tensor) -> Row:
+    (row,) = _compare({"x": truth}, {"x": plain}, {"x": ours}, 1e-6, 1.0)
+    return row
+
+
+def test_regions_are_tried_in_the_order_they_run() -> None:
+    """The loss is rewritten first but runs last."""
+    model = hf("llama")
+    enable_checkpointing(model)
+    found = run(model, hf_inputs("llama"))
+    assert [r.path for r in in_graph_order(found.report)] == ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"]
 
 
 def test_random_numbers_are_refused() -> None:

@@ -16,6 +16,7 @@ from torch import fx
 
 import mst_fx
 from mst_fx import page as page_module
+from mst_fx.graph_diff import subgraphs
 from mst_fx.liveness import Moment, Timeline
 from mst_fx.report import BodyCode, GraphPair, RegionReport, Report
 from mst_fx.side_by_side import aligned_blocks, aligned_rows
@@ -128,9 +129,17 @@ def test_every_node_is_in_one_row_and_kept_ones_are_beside_themselves() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_layers_are_one_block(checkpointing: bool) -> None:
     folded = [b for b in aligned_blocks(llama(checkpointing), 0) if len(b.repeats) > 1]
-    inside = ("model.layers.{0-1}", "wrap_body_{0-1}" if checkpointing else "", 2)
-    calls = [("model.layers.{0-1}", "", 2)] if checkpointing else []
-    assert [(b.places, b.graphs, len(b.repeats)) for b in folded] == [*calls, inside]
+    assert [(b.places, b.graphs, len(b.repeats)) for b in folded] == [
+        ("model.layers.{0-1}", "wrap_body_{0-1}" if checkpointing else "", 2)
+    ]
+
+
+def test_a_checkpointed_block_stands_where_it_is_called() -> None:
+    report = llama(checkpointing=True)
+    rows = [r for b in aligned_blocks(report, 0) for stretches in b.repeats for s in stretches for r in s.rows]
+    names = [r.before.name for r in rows if r.before]
+    assert sorted(names) == sorted(n.name for g in subgraphs(report.graphs[0].before).values() for n in g.graph.nodes)
+    assert [r.region.path for r in rows if r.region][-1] == "lm_head"
 
 
 def test_layers_are_folded_when_what_is_between_them_has_no_module() -> None:
