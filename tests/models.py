@@ -73,6 +73,13 @@ def hf_inputs(name: str, batch: int = 2, length: int = 23, vocab: int = 128) -> 
     return {"input_ids": ids, "labels": labels}
 
 
+LARGE = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "max_position_embeddings": 65536,
+}  # fmt: skip
+"""Sizes of Llama 3 8B, for the config of ``mst_fx.models``."""
+
+
 # -- models of our own -------------------------------------------------------------------------------
 
 

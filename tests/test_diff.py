@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import mst_fx
 from mst_fx import cli
 from mst_fx.graph_diff import fold_paths, hunks
 from mst_fx.render import short_source
-from tests.models import NEAR_MISSES, LanguageModel, NanoBlock, SwiGLU, hf, hf_inputs, token_inputs
+from tests.models import LARGE, NEAR_MISSES, LanguageModel, NanoBlock, SwiGLU, hf, hf_inputs, token_inputs
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 OPTIONS = {"mst.chunk_tokens": 8}
@@ -46,11 +47,14 @@ def test_transformers_model(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_32_layers_with_fake_tensors(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
-             "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
-    arguments = [f"--set={k}={v}" for k, v in sizes.items()]
-    assert cli.main(["diff", "--hf", "llama", "--fake", "--dtype=bfloat16", "--seq-len=65536", *arguments]) == 0
+def test_32_layers_with_fake_tensors(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.html"
+    sizes = [f"--set={k}={v}" for k, v in {**LARGE, "num_hidden_layers": 32}.items()]
+    began = time.perf_counter()
+    given = ["--hf=llama", "--fake", "--dtype=bfloat16", "--seq-len=65536", f"--html={page}", *sizes]
+    assert cli.main(["diff", *given]) == 0
+    assert time.perf_counter() - began < 60
+    assert page.stat().st_size < 5_000_000
     check_golden("llama-32-layers", capsys.readouterr().out)
 
 

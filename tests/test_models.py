@@ -11,12 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import mst_fx
 from mst_fx.models import ModelSpec, Subject, UsageError, build_model, parse_options, parse_pairs
-from tests.models import LanguageModel, SwiGLU, hf, token_inputs
-
-LARGE = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 65536,
-}  # fmt: skip
+from tests.models import LARGE, LanguageModel, SwiGLU, hf, token_inputs
 
 
 def entry():

@@ -18,9 +18,10 @@ import mst_fx
 from mst_fx import page as page_module
 from mst_fx.graph_diff import subgraphs
 from mst_fx.liveness import Moment, Timeline
+from mst_fx.models import ModelSpec, build_model
 from mst_fx.report import BodyCode, GraphPair, RegionReport, Report
 from mst_fx.side_by_side import aligned_blocks, aligned_rows
-from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
+from tests.models import LARGE, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028{{ 7 * 7 }}&\"'"
@@ -355,6 +356,23 @@ def test_arrows_move_between_nodes_and_the_table_leads_to_its_region(opened: Any
     assert view.evaluate("document.activeElement.innerText") != first
     view.keyboard.press("ArrowUp")
     assert view.evaluate("document.activeElement.innerText") == first
+
+
+@pytest.mark.slow
+def test_page_of_32_layers(opened: Any, tmp_path: pathlib.Path) -> None:
+    spec = ModelSpec(hf="llama", settings={**LARGE, "num_hidden_layers": 32}, seq_len=65536, fake=True)
+    subject = build_model(spec)
+    view = opened(mst_fx.explain(subject.model)(**subject.kwargs))
+    assert (tmp_path / "page.html").stat().st_size < 5_000_000
+    # What makes a page sluggish is what it holds; folded layers are built when they are opened.
+    assert view.locator("*").count() < 1500
+    assert view.locator(".timeline svg").bounding_box()["width"] > 1000
+    view.locator("#query").fill("layers.30. mst_fx.map(")
+    expect(view, "#matches", "1 of 1")
+    assert view.locator(".row.current").is_visible()
+    view.locator(".row.current").click()
+    assert view.locator(".panel .forward pre").inner_text().startswith("def body(")
+    assert view.locator("*").count() < 3000
 
 
 def test_hostile_names_run_nothing(opened: Any) -> None:
