@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mst_fx.backend import compile_chunked
 from mst_fx.config import Config
-from mst_fx.graph_diff import fold_paths, nodes_in_order
+from mst_fx.graph_diff import fold_paths, in_graph_order
 from mst_fx.inductor import compile_graph
 from mst_fx.render import short_source
 from mst_fx.report import RegionReport, Report, join_reports
@@ -143,16 +143,6 @@ def check(
         if moved:
             return Check(rows, report, compiler, slack, region, moved)
     return found
-
-
-def in_graph_order(report: Report) -> list[RegionReport]:
-    """Return the chunked regions in the order in which the model runs them."""
-    places = {
-        (number, *place): i
-        for number, pair in enumerate(report.graphs)
-        for i, place in enumerate(nodes_in_order(pair.before))
-    }
-    return sorted(report.chunked, key=lambda r: (r.number, places.get((r.number, r.graph, *r.nodes[:1]), len(places))))
 
 
 def _run_truth(call: _Call) -> Values:

@@ -98,14 +98,24 @@ def subgraphs(module: fx.GraphModule, name: str = "") -> dict[str, fx.GraphModul
     return found
 
 
-def nodes_in_order(module: fx.GraphModule, name: str = "") -> Iterator[tuple[str, str]]:
+def _nodes_in_order(module: fx.GraphModule, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield (graph, node) by name as they run: a checkpointed block's nodes where the block is called."""
     inner = dict(module.named_children())
     for node in module.graph.nodes:
         yield name, node.name
         child = called_block(node)
         if child in inner:
-            yield from nodes_in_order(inner[child], f"{name}.{child}" if name else child)  # pyright: ignore
+            yield from _nodes_in_order(inner[child], f"{name}.{child}" if name else child)  # pyright: ignore
+
+
+def in_graph_order(report: Report) -> list[RegionReport]:
+    """Return the chunked regions in the order in which the model runs them."""
+    places = {
+        (number, *place): i
+        for number, pair in enumerate(report.graphs)
+        for i, place in enumerate(_nodes_in_order(pair.before))
+    }
+    return sorted(report.chunked, key=lambda r: (r.number, places.get((r.number, r.graph, *r.nodes[:1]), len(places))))
 
 
 def called_block(node: fx.Node) -> str:

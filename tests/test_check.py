@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import mst_fx.ops as ops
-from mst_fx.check import Check, IncomparableError, Row, _compare, check, in_graph_order
+from mst_fx.check import Check, IncomparableError, Row, _compare, check
+from mst_fx.graph_diff import in_graph_order
 from mst_fx.recipe import enable_checkpointing
 from tests.models import Between, H, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 

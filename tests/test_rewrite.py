@@ -30,7 +30,7 @@ def rewritten(fn: Callable[..., Any], *args: Any, config: Config = CONFIG) -> st
 
     torch.compile(fn, backend=backend)(*args)
     short = re.sub(r"l_(?:self_|fn_)?(?:modules_)?", "", texts[0].replace("_parameters_", "_"))
-    short = re.sub(r"body [0-9a-f]{8}", "BODY", short)
+    short = re.sub(r"\bbody=[0-9a-f]{8}", "BODY", short)
     return "\n".join(line for line in short.splitlines() if "placeholder" not in line)
 
 
@@ -39,7 +39,7 @@ def test_swiglu() -> None:
         rewritten(SwiGLU(), torch.randn(2, 23, 16)),
         """\
 flatten: float32[46, 16] = flatten(x_, 0, 1)
-map_default = mst_fx.map([flatten], [gate_weight_, up_weight_, down_weight_], None, BODY, 8)
+map_default: (float32[46, 16],) = mst_fx.map([flatten], [gate_weight_, up_weight_, down_weight_], BODY, chunk_tokens=8)
 getitem: float32[46, 16] = getitem(map_default, 0)
 unflatten: float32[2, 23, 16] = unflatten(getitem, 0, (2, 23))
 return (unflatten,)""",
@@ -57,7 +57,7 @@ def test_head_and_mean_loss() -> None:
         """\
 view_1: int64[46] = view(labels_, -1)
 flatten: float32[46, 16] = flatten(h_, 0, 1)
-sum_default = mst_fx.sum([flatten, view_1], [weight_], None, BODY, 8)
+sum_default: (float32[], float32[61, 16]) = mst_fx.sum([flatten, view_1], [weight_], BODY, chunk_tokens=8)
 getitem: float32[] = getitem(sum_default, 0)
 ne: bool[46] = ne(view_1, -100)
 sum_1: int64[] = sum(ne)
@@ -83,7 +83,7 @@ getitem_2: float32[2, 22, 16] = getitem(h_, (slice(None, None, None), slice(None
 getitem_1: int64[2, 22] = getitem(labels_, (slice(None, None, None), slice(1, None, None)))
 reshape: int64[44] = reshape(getitem_1, -1)
 flatten: float32[44, 16] = flatten(getitem_2, 0, 1)
-sum_default = mst_fx.sum([flatten, reshape], [weight_], None, BODY, 8)
+sum_default: (float32[], float32[61, 16]) = mst_fx.sum([flatten, reshape], [weight_], BODY, chunk_tokens=8)
 getitem_3: float32[] = getitem(sum_default, 0)
 return (getitem_3,)""",
     )
