@@ -32,6 +32,18 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def ndim(node: fx.Node) -> int:
+    """Return the number of dimensions of a node's value; 0 for what is no tensor."""
+    value = fake_tensor(node)
+    return 0 if value is None else value.ndim
+
+
+def needs_grad(node: Any) -> bool:
+    """Whether a node is a tensor that requires a gradient."""
+    value = fake_tensor(node)
+    return value is not None and value.requires_grad
+
+
 def node_name(node: fx.Node) -> str:
     """Return the plain name of what a node calls: "sum" for ``x.sum()`` and ``torch.sum(x)`` alike."""
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

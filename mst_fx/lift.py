@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.graph import fake_tensor, walking
+from mst_fx.graph import fake_tensor, needs_grad, walking
 from mst_fx.losses import Total, per_token, read_total
 from mst_fx.recorder import run_node
 from mst_fx.region import Region, bind_results, projection_input
@@ -177,7 +177,7 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
         MixesTokensError: If inputs don't agree on the number of tokens, or a live-in can't be had.
     """
     region, builder = lifter.region, lifter.builder
-    grad = any(_requires_grad(o.node) for o in outputs)
+    grad = any(needs_grad(o.node) for o in outputs)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(builder.graph, copied)
@@ -209,16 +209,11 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     return Lifted(region, body, chunked, [inputs[n] for n in direct], hoisted, by_copy, outputs, counts[0], lifter)
 
 
-def _requires_grad(node: fx.Node) -> bool:
-    value = fake_tensor(node)
-    return value is not None and value.requires_grad
-
-
 def _stops_gradient(node: fx.Node) -> bool:
     """Whether a node ran under no_grad (a teacher beside a student): its result is detached in the body too."""
     value = fake_tensor(node)
     differentiable = value is not None and value.is_floating_point() and not value.requires_grad
-    return differentiable and any(_requires_grad(n) for n in node.all_input_nodes)
+    return differentiable and any(needs_grad(n) for n in node.all_input_nodes)
 
 
 def _tokens(live_in: LiveIn) -> Any:

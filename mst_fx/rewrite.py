@@ -16,7 +16,15 @@ import torch
 from torch import fx
 
 from mst_fx import ops
-from mst_fx.graph import fake_tensor, grad_states, is_autocast_switch, is_in_place, mutated_storages, storages
+from mst_fx.graph import (
+    fake_tensor,
+    grad_states,
+    is_autocast_switch,
+    is_in_place,
+    mutated_storages,
+    needs_grad,
+    storages,
+)
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import LossCall, count, read_by_count, sum_dtype
 from mst_fx.region import module_stack, region_key
@@ -86,7 +94,7 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
         value = fake_tensor(node)
         if value is None or value.requires_grad or is_in_place(node) or _draws(node):
             return False
-        if value.is_floating_point() and (switched or any(_needs_grad(n) for n in node.all_input_nodes)):
+        if value.is_floating_point() and (switched or any(needs_grad(n) for n in node.all_input_nodes)):
             return False
         moved.add(node)
         stack += node.all_input_nodes
@@ -97,11 +105,6 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
     for node in sorted(moved, key=order.__getitem__):
         place.prepend(node)
     return True
-
-
-def _needs_grad(node: fx.Node) -> bool:
-    value = fake_tensor(node)
-    return value is not None and value.requires_grad
 
 
 def _draws(node: fx.Node) -> bool:

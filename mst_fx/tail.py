@@ -19,7 +19,6 @@ Not handled: views of partly reduced values, sums of stacked scalars; their grad
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,13 +27,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from mst_fx.graph import fake, fake_tensor, is_in_place, mutated_storages, node_name, storages, walking
-from mst_fx.lift import Lifted, Lifter, Output, finish_lift
-from mst_fx.losses import LossCall, ValueSum, count, read_total, sum_dtype
-from mst_fx.region import region_key
-from mst_fx.report import Mismatch
-from mst_fx.rewrite import erase_dead, find_place, size_of, token_count
-from mst_fx.rows import MixesTokensError, Row, aten, same_size
+from mst_fx.graph import fake, fake_tensor, grad_states, is_in_place, ndim, needs_grad, node_name, storages, walking
+from mst_fx.lift import Lifter, Output
+from mst_fx.losses import read_total
+from mst_fx.rows import Row, same_size
 
 _SCALES = {"mul": "scale", "imul": "scale", "mul_": "scale", "multiply": "scale", "truediv": "divide", "div": "divide",
            "itruediv": "divide", "div_": "divide", "divide": "divide", "true_divide": "divide"}  # fmt: skip
@@ -124,7 +120,7 @@ class Tail:
         else:
             leaf = self.rows.get(node.args[0]) if node.args else None  # pyright: ignore
             step = self._reduction(node)
-            if step is not None and leaf is not None and all(leaf.kinds) and _needs_grad(node):
+            if step is not None and leaf is not None and all(leaf.kinds) and needs_grad(node):
                 self.linear[node] = (Term(node.args[0], True, (step,)),)
 
     def _follow_linear(self, node: fx.Node, reads: list[fx.Node]) -> None:
@@ -139,7 +135,7 @@ class Tail:
         elif name in _SCALES and len(node.args) == 2 and not node.kwargs and len(reads) == 1:
             by = node.args[1] if first is reads[0] else first
             forwards = first is reads[0] or _SCALES[name] == "scale"
-            if forwards and by is not reads[0] and _keeps_shape(reads[0], result) and not _needs_grad(by):
+            if forwards and by is not reads[0] and _keeps_shape(reads[0], result) and not needs_grad(by):
                 self.linear[node] = tuple(t.then(Step(_SCALES[name], by)) for t in self.linear[reads[0]])  # pyright: ignore
         elif name in ("neg", "negative") and len(node.args) == 1:
             self.linear[node] = tuple(t.then(Step("negate")) for t in self.linear[reads[0]])
@@ -149,7 +145,10 @@ class Tail:
             self.linear[node] = tuple(t.then(step) for t in self.linear[reads[0]])
 
     def _is_alone(self, node: fx.Node) -> bool:
-        """Whether nothing but the in-place ``node`` reads what it changes."""
+        """Whether nothing but the in-place ``node`` reads what it changes, and gradients see the change."""
+        enabled, inference = grad_states(self.lifter.region.module)[node]
+        if not enabled or inference:
+            return False
         held = storages(node.args[0])  # pyright: ignore
         before = [n for n in self.lifter.region.module.graph.nodes if n is not node and storages(n) & held]
         return all(len(n.users) == 1 for n in before if node not in n.all_input_nodes and not _follows(n, node))
@@ -158,7 +157,7 @@ class Tail:
         terms: list[Term] = []
         for value, sign_here in zip(node.args, (1, sign), strict=True):
             own = self.linear.get(value) if isinstance(value, fx.Node) else None  # pyright: ignore
-            if own is None and (result.ndim or (isinstance(value, fx.Node) and _ndim(value))):
+            if own is None and (result.ndim or (isinstance(value, fx.Node) and ndim(value))):
                 return
             if own is not None and not _keeps_shape(value, result):  # pyright: ignore
                 return
@@ -199,16 +198,6 @@ def _follows(node: fx.Node, other: fx.Node) -> bool:
     return any(n is other or _follows(n, other) for n in node.all_input_nodes if storages(n) & storages(other))
 
 
-def _ndim(node: fx.Node) -> int:
-    value = fake_tensor(node)
-    return 0 if value is None else value.ndim
-
-
-def _needs_grad(value: Any) -> bool:
-    found = fake_tensor(value)
-    return found is not None and found.requires_grad
-
-
 # -- the scalar --------------------------------------------------------------------------------------
 
 
@@ -231,7 +220,7 @@ def find_scalar(tail: Tail, outputs: Sequence[Output]) -> Scalar | None:
     live = _live(tail.lifter.region.module.graph)
     leaves = {t.leaf for n, terms in tail.linear.items() if n in live for t in terms if t.inside}
     for node, terms in tail.linear.items():
-        if node in live and not _ndim(node) and {t.leaf for t in terms if t.inside} >= leaves:
+        if node in live and not ndim(node) and {t.leaf for t in terms if t.inside} >= leaves:
             return _close(tail, node, terms, outputs, live)
     return None
 
@@ -266,7 +255,7 @@ def _close(
         for user in node.users:
             if user in needed or user in members:
                 continue
-            if _needs_grad(node) and user in live:
+            if needs_grad(node) and user in live:
                 return None
             if node in needed and node not in inside:
                 kept.append(node)
@@ -281,183 +270,3 @@ def _close(
     order = {n: i for i, n in enumerate(tail.lifter.region.module.graph.nodes)}
     ordered = [tuple(sorted(found, key=order.__getitem__)) for found in (extras, inside - members, dead - {scalar})]
     return Scalar(scalar, terms, *ordered)
-
-
-# -- the region with its tail ------------------------------------------------------------------------
-
-
-def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
-    """Return the region with its tail: its first output is the scalar; None where there is no such scalar.
-
-    The region's nodes grow by those of the tail, and weights are computed in front of the scalar (``built``);
-    nothing is left of either where it fails.
-    """
-    tail = Tail(lifted.lifter)
-    tail.follow(lifted.outputs)
-    scalar = find_scalar(tail, lifted.outputs)
-    region = lifted.region
-    if scalar is None or _changed(scalar, region.module.graph):
-        return None
-    known = {o.node: o for o in lifted.outputs} | tail.totals
-    graph, nodes = region.module.graph, list(region.nodes)
-    before = set(graph.nodes)
-    region.nodes += scalar.rows
-    dead = scalar.dead
-    try:
-        main = tail.totals.get(scalar.node)
-        if main is None:
-            main, dead = _combine(tail, scalar, lifted, fake_mode), (*dead, scalar.node)
-        summed = finish_lift(lifted.lifter, [main, *(known.get(n) or Output(n, tail.rows[n]) for n in scalar.extras)])
-    except MixesTokensError:
-        summed = None
-    built = [n for n in graph.nodes if n not in before]
-    if summed is not None:
-        summed = dataclasses.replace(summed, dead=list(dead), built=built)
-        if not isinstance(find_place(summed), Mismatch):
-            return summed
-    region.nodes[:] = nodes
-    erase_dead(graph, built)
-    return None
-
-
-def _changed(scalar: Scalar, graph: fx.Graph) -> bool:
-    """Whether a coefficient changes in place before the scalar is computed."""
-    others = [s.other for t in scalar.terms for s in t.steps if isinstance(s.other, fx.Node)]
-    held = set().union(*map(storages, others))
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    first = min((order[n] for n in others), default=0)
-    return any(mutated_storages(n) & held for n in graph.nodes if first < order[n] < order[scalar.node])
-
-
-def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Output:
-    """Record the weighted sum of all leaves per token; what comes from outside is added behind."""
-    builder, graph = tail.lifter.builder, lifted.region.module.graph
-    writer = _Writer(graph, scalar.node, lifted, fake_mode)
-    old = fake_tensor(scalar.node)
-    assert old is not None
-    wide = sum_dtype(old.dtype)
-    combined: fx.Node | None = None
-    offsets: list[Any] = []
-    for term in scalar.terms:
-        if not term.inside:
-            offsets.append(writer.forward(term))
-            continue
-        total = tail.totals.get(term.leaf)
-        row = total.row if total is not None else tail.rows[term.leaf]
-        weight = writer.weight(term)
-        if total is not None:
-            weight, offset = writer.divided(weight, total)
-            offsets += offset
-        node = builder.emit(aten._to_copy.default, row.node, dtype=wide)
-        if isinstance(weight, fx.Node):
-            value, leaf = fake_tensor(weight), fake_tensor(term.leaf)
-            assert value is not None
-            assert leaf is not None
-            tail.lifter.outer[id(value)] = weight
-            shape, kinds = ((lifted.tokens,), (True,)) if total is not None else (leaf.shape, row.kinds)
-            weight = builder.aligned(value, shape, kinds)
-        node = builder.emit(aten.mul.Tensor, node, weight)
-        combined = node if combined is None else builder.emit(aten.add.Tensor, combined, node)
-    assert combined is not None
-    row = Row((True,), builder.emit(aten._to_copy.default, combined, dtype=wide))
-    return Output(scalar.node, row, ValueSum(scalar.node, "sum"), tuple(offsets))
-
-
-class _Writer:
-    """Writes the weights of terms in front of the scalar, with their fake values."""
-
-    def __init__(self, graph: fx.Graph, place: fx.Node, lifted: Lifted, fake_mode: Any) -> None:
-        self.graph, self.place, self.lifted, self.fake_mode = graph, place, lifted, fake_mode
-
-    def weight(self, term: Term) -> Any:
-        """Apply the transposes of the steps to 1."""
-        weight: Any = 1.0
-        for step in reversed(term.steps):
-            if step.kind == "reduce":
-                weight = self._divide(weight, self._number(step.mean)) if step.mean is not None else weight
-                for d in sorted(() if step.kept else step.dims, reverse=True):
-                    if isinstance(weight, fx.Node) and _ndim(weight) >= -d:
-                        weight = self._method("unsqueeze", weight, d)
-            else:
-                weight = self._step(weight, step)
-        return weight
-
-    def forward(self, term: Term) -> Any:
-        """Apply the steps to a scalar from outside."""
-        value = term.leaf
-        for step in term.steps:
-            value = value if step.kind == "reduce" else self._step(value, step)
-        return value
-
-    def divided(self, weight: Any, output: Output) -> tuple[Any, list[Any]]:
-        """Divide by what the total divides by; also return what makes it NaN where nothing counts."""
-        total = output.total
-        assert total is not None
-        with self.graph.inserting_before(self.place):
-            by = count(self.graph, total, lambda: token_count(self.graph, self.lifted), self._number)
-        self._fill()
-        if by is None:
-            return weight, []
-        if not isinstance(total, LossCall) or total.soft:
-            return self._divide(weight, by), []
-        none = self._call(torch.eq, by, 0)
-        weight = self._divide(weight, self._call(torch.add, by, none))
-        return weight, [self._call(torch.where, none, float("nan"), 0.0)]
-
-    def _step(self, value: Any, step: Step) -> Any:
-        if step.kind == "divide":
-            return self._divide(value, step.other)
-        if step.kind == "negate":
-            return self._call(torch.neg, value) if isinstance(value, fx.Node) else -value
-        if not isinstance(value, fx.Node) and not isinstance(step.other, fx.Node):
-            return value * step.other
-        return self._call(torch.mul, *((value, step.other) if isinstance(value, fx.Node) else (step.other, value)))
-
-    def _divide(self, value: Any, by: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return self._call(torch.div, value, by)
-        if isinstance(by, fx.Node):
-            return self._call(torch.mul, self._call(torch.reciprocal, self._as_tensor(by)), value)
-        return value / by if by else value * float("inf")
-
-    def _as_tensor(self, value: fx.Node) -> fx.Node:
-        """Return a number of the graph (a size) as a tensor."""
-        if fake_tensor(value) is not None:
-            return value
-        device = self.lifted.chunked[0].spec.device
-        return self._call(torch.scalar_tensor, value, dtype=torch.float32, device=device)
-
-    def _number(self, value: Any) -> Any:
-        if not isinstance(value, torch.SymInt):
-            return value
-        with self.graph.inserting_before(self.place):
-            node = size_of(self.graph, value, self.lifted.region.nodes)
-        self._fill()
-        return node
-
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.place):
-            node = self.graph.call_function(target, args, kwargs)
-        self._fill()
-        return node
-
-    def _method(self, name: str, *args: Any) -> fx.Node:
-        with self.graph.inserting_before(self.place):
-            node = self.graph.call_method(name, args)
-        self._fill()
-        return node
-
-    def _fill(self) -> None:
-        """Give new nodes their fake values."""
-        new: list[fx.Node] = []
-        node = self.place.prev
-        while node.op != "root" and "example_value" not in node.meta and "mst_region" not in node.meta:
-            new.append(node)
-            node = node.prev
-        for node in reversed(new):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-            with self.fake_mode, torch.no_grad(), torch.inference_mode(False):
-                function = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-                rest = args[1:] if node.op == "call_method" else args
-                node.meta["example_value"] = function(*rest, **kwargs)  # pyright: ignore
-            node.meta["mst_region"] = region_key(self.lifted.region)

@@ -221,6 +221,20 @@ def z_loss_masked_in_place(s: Any, x: Tensor, labels: Tensor) -> Tensor:
     return loss * 2 + mean_of(logits.logsumexp(-1).pow(2), labels != -100) / 100
 
 
+def changed_without_gradient(s: Any, x: Tensor, labels: Tensor) -> Tensor:
+    logits = s.head(x)
+    loss = ce(logits, labels)
+    with torch.no_grad():
+        loss *= 2
+    return loss + 0.1 * logits.logsumexp(-1).mean()
+
+
+def of_its_own_mean(s: Any, x: Tensor, labels: Tensor) -> Tensor:
+    loss = per_token(s.head(x), labels)
+    mean = loss.mean()
+    return (loss * torch.sigmoid(mean)).mean() + mean * mean
+
+
 def entropy_bonus(s: Any, x: Tensor, labels: Tensor) -> Tensor:
     logits = s.head(x)
     entropy = torch.logsumexp(logits, -1) - (F.softmax(logits, -1) * logits).sum(-1)
@@ -384,6 +398,8 @@ LOSSES: dict[str, tuple[Loss, int, str]] = {
         (learned_weights, 1, "backward"),
         (squared_beside, 1, "backward"),
         (both_returned, 1, "backward"),
+        (changed_without_gradient, 1, "backward"),
+        (of_its_own_mean, 1, "backward"),
         (accuracy, 1, "forward"),
         (accuracy_of_five, 1, "forward"),
         (entropy_logged, 1, "forward"),

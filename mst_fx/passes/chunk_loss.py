@@ -29,7 +29,7 @@ from mst_fx.region import Region, find_regions, region_key
 from mst_fx.report import Mismatch, RegionReport
 from mst_fx.rewrite import erase_dead
 from mst_fx.rows import MixesTokensError, same_size
-from mst_fx.tail import sum_lifted
+from mst_fx.weights import sum_lifted
 
 _LOGITS_NOTES = {
     "lazy": "; returned logits are lazy",
