@@ -75,7 +75,7 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
 
 def _sources(lifted: Lifted) -> set[fx.Node]:
     """Return every node the inserted op and what surrounds it reads."""
-    extra = [n for o in lifted.outputs for n in read_by_count(o.total)]
+    extra = [n for o in lifted.outputs for n in (*read_by_count(o.total), *o.offsets) if isinstance(n, fx.Node)]
     return {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}.union(extra)
 
 

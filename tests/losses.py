@@ -275,6 +275,28 @@ def accuracy(s: Any, x: Tensor, labels: Tensor) -> Any:
     return {"loss": ce(logits, labels), "accuracy": correct, "logits": logits}
 
 
+def accuracy_before_several_losses(s: Any, x: Tensor, labels: Tensor) -> Any:
+    logits = s.head(x)
+    correct = (logits.argmax(-1) == labels).float().mean()
+    loss = ce(logits, labels) + 1e-3 * logits.logsumexp(-1).square().mean() + 0.1 * s.proj(x).square().mean()
+    return {"loss": loss + logits.square().mean(), "accuracy": correct, "logits": logits}
+
+
+def aux_between_accuracy_and_losses(s: Any, x: Tensor, labels: Tensor) -> Any:
+    logits = s.head(x)
+    correct = (logits.argmax(-1) == labels).float().mean()
+    loss = 0.1 * s.proj(x).square().mean() + ce(logits, labels) + mean_of(logits.logsumexp(-1), s.mask)
+    return {"loss": loss, "accuracy": correct}
+
+
+def accuracy_and_slice(s: Any, x: Tensor, labels: Tensor) -> Any:
+    logits = s.head(x)
+    shifted, target = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+    with torch.no_grad():
+        correct = mean_of((shifted.argmax(-1) == target).float(), s.mask[:, 1:])
+    return {"loss": ce(shifted, target), "accuracy": correct, "logits": logits}
+
+
 def accuracy_of_five(s: Any, x: Tensor, labels: Tensor) -> Any:
     logits = s.head(x)
     found = (logits.topk(5, -1).indices == labels.unsqueeze(-1)).any(-1)
@@ -402,6 +424,9 @@ LOSSES: dict[str, tuple[Loss, int, str]] = {
         (of_its_own_mean, 1, "backward"),
         (accuracy, 1, "forward"),
         (accuracy_of_five, 1, "forward"),
+        (accuracy_before_several_losses, 1, "backward"),
+        (aux_between_accuracy_and_losses, 1, "backward"),
+        (accuracy_and_slice, 1, "forward"),
         (entropy_logged, 1, "forward"),
         (grpo, 1, "forward"),
         (gspo, 1, "backward"),

@@ -39,7 +39,7 @@ def test_exact_with_symbolic_sizes(name: str) -> None:
     assert chunked(ours.report, "loss") == count, str(ours.report)
 
 
-METRICS = ["z_loss", "accuracy", "accuracy_of_five", "entropy_logged", "grpo"]
+METRICS = ["z_loss", "accuracy", "accuracy_of_five", "entropy_logged", "grpo", "accuracy_and_slice"]
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -42,7 +42,43 @@ def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
     """Chunk every legal, worthwhile loss of one graph."""
     regions = find_regions(graph.module, context.fake_mode, graph.outer)
     hidden = max((r.in_features for r in regions), default=0)
-    return [_chunk(r, graph, context) for r in regions if r.kind == "loss" and not _is_low_rank(r, hidden)]
+    losses = [r for r in regions if r.kind == "loss" and not _is_low_rank(r, hidden)]
+    reports = {id(r): _chunk(r, graph, context) for r in losses if not _is_sliced(r)}
+    for region in losses:
+        if _is_sliced(region):
+            loss = next((r for r in losses if not _is_sliced(r) and _is_slice_of(r, region)), None)
+            deferred = None
+            if loss is not None and reports[id(loss)].status == "chunked":
+                deferred = _defer_whole(region, reports[id(loss)], graph, context)
+            if loss is not None and deferred is not None:
+                reports[id(loss)] = deferred
+            else:
+                reports[id(region)] = _chunk(region, graph, context)
+    return [reports[id(r)] for r in losses if id(r) in reports]
+
+
+def _is_sliced(region: Region) -> bool:
+    """Whether a region is nothing but returned logits, a slice of which ``normalize`` computes apart."""
+    returned = region.leaving and not region.terminals and not region.problems
+    return bool(returned) and any("mst_sliced" in a.meta for a in region.amplifiers)
+
+
+def _is_slice_of(region: Region, whole: Region) -> bool:
+    return any(a.meta.get("mst_slice_of") in whole.amplifiers for a in region.amplifiers)
+
+
+def _defer_whole(region: Region, loss: RegionReport, graph: Graph, context: Context) -> RegionReport | None:
+    """Put off returned logits of which a slice went into a chunked loss; return the loss's report with a note."""
+    if graph.checkpointed:
+        return None
+    logits = _read_logits(region, graph, context)
+    if isinstance(logits, Mismatch):
+        return None
+    if context.config.logits != "keep":
+        for value, head in logits:
+            _defer_logits(value, head, graph, context)
+        erase_dead(graph.module.graph, region.nodes)
+    return dataclasses.replace(loss, reason=loss.reason + _LOGITS_NOTES[context.config.logits])
 
 
 def _is_low_rank(region: Region, hidden: int) -> bool:
@@ -57,7 +93,7 @@ def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
     lifted = lift(region, context.fake_mode)
     if isinstance(lifted, Mismatch):
         return skipped(region, lifted.reason)
-    logits = _read_logits(region, lifted, graph, context)
+    logits = _read_logits(region, graph, context)
     if isinstance(logits, Mismatch):
         return skipped(region, logits.reason, lifted)
     lifted, op, note = _choose_op(lifted, graph, context)
@@ -112,9 +148,7 @@ def _choose_op(lifted: Lifted, graph: Graph, context: Context) -> tuple[Lifted, 
 # -- returned logits ---------------------------------------------------------------------------------
 
 
-def _read_logits(
-    region: Region, lifted: Lifted, graph: Graph, context: Context
-) -> list[tuple[fx.Node, Any]] | Mismatch:
+def _read_logits(region: Region, graph: Graph, context: Context) -> list[tuple[fx.Node, Any]] | Mismatch:
     """Lift the head alone for every logits value that is returned."""
     heads = []
     for value in dict.fromkeys(v for v, _ in region.leaving):

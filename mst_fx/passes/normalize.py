@@ -94,6 +94,8 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
         with graph.inserting_after(old):
             new = env[old] = graph.node_copy(old, lambda n: env.get(n, n))
         new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}
+    env[chain[-1]].meta["mst_slice_of"] = chain[-1]
+    chain[-1].meta["mst_sliced"] = True
     new.meta["mst_replaces"] = fake_tensor(node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
