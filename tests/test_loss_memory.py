@@ -15,7 +15,7 @@ SCRIPT = """
     import torch.nn.functional as F
     from torch import nn
     from mst_fx.measure import peak_over_start
-    T, H, V = 4096, 32, 4096
+    T, H, V = 2048, 32, 4096
     head, teacher = nn.Linear(H, V), nn.Linear(H, V).requires_grad_(False)
     x, labels = torch.randn(2, T // 2, H, requires_grad=True), torch.randint(0, V, (2, T // 2))
 
