@@ -161,6 +161,8 @@ def differentiable_outputs(body: Body) -> list[int]:
 def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     with torch.inference_mode(False), _no_autocast(inputs):
         traced = make_fx(fn, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+    if isinstance(inputs[0].shape[0], torch.SymInt) and isinstance(concrete(inputs[0].shape[0]), int):
+        raise ValueError("tracing has fixed the number of its rows, so it would be wrong for a shorter last chunk")
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])

@@ -24,6 +24,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.distributed import Bucket, DDPOptimizer
 from torch._dynamo.utils import get_debug_dir
@@ -49,6 +50,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 __all__ = [
     "Bucket",
     "DDPOptimizer",
+    "apart_from_autograd_settings",
     "compile_body",
     "compile_graph",
     "cpu_multiplies",
@@ -69,7 +71,6 @@ __all__ = [
     "symbolic_sizes",
     "trace_artifact",
     "without_modes",
-    "without_saved_tensor_hooks",
 ]
 
 MINIMUM_TORCH = (2, 11)
@@ -144,11 +145,18 @@ def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
     return enable_python_dispatcher()
 
 
-def without_saved_tensor_hooks() -> contextlib.AbstractContextManager[Any]:
-    """Keep what is traced from the user's hooks: a checkpoint around the compiled function counts what is saved."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+@contextlib.contextmanager
+def apart_from_autograd_settings() -> Iterator[None]:
+    """Keep what is traced here from the user's hooks and from compiled autograd.
+
+    A checkpoint around the compiled function would count what a body saves; compiled autograd would take over the
+    backward of a body, and fix its number of rows.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compiled_autograd._disable())
+        if torch._C._autograd._saved_tensors_hooks_is_enabled():
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+        yield
 
 
 def fake_tensors() -> FakeTensorMode:

@@ -15,7 +15,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, fake, fake_tensor, source_of, walking
-from mst_fx.inductor import fake_mode_of, graph_break, keep_source, without_saved_tensor_hooks
+from mst_fx.inductor import apart_from_autograd_settings, fake_mode_of, graph_break, keep_source
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.chunk_loss import chunk_loss
@@ -62,7 +62,7 @@ def run_passes(
         notes.append("the graph carries no shapes")
     else:
         for graph in collect_graphs(rewritten):
-            with graph.ambient(), without_saved_tensor_hooks():
+            with graph.ambient(), apart_from_autograd_settings():
                 if only is not None:
                     context.allowed = frozenset(key for name, key in only if name == graph.name)
                 _run_on(graph, context)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
 from mst_fx import inductor
+from mst_fx.ops import BODIES
 from tests.harness import EAGER, chunked
 from tests.models import LanguageModel, SwiGLU, token_inputs
 from tests.test_inductor import run_script
@@ -80,6 +82,7 @@ def test_static_shapes_compile_once_per_length() -> None:
 
 def test_compiled_autograd() -> None:
     model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    BODIES.clear()  # so that bodies are traced in that setting
     with torch._dynamo.config.patch(compiled_autograd=True):
         trains_alike(model, one_step(inputs), options=OPTIONS)
     assert len(mst_fx.reports()[0].chunked) == 2
@@ -179,24 +182,22 @@ def test_threads() -> None:
         torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
 
 
+@torch.compiler.nested_compile_region
+def marked_mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.gelu(F.linear(x, up)), down)
+
+
 def test_regions_in_graphs_of_their_own() -> None:
-    """Layers marked for compilation once are graphs of their own, which are left alone: the report says so."""
+    """Code marked for compilation once is a graph of its own, which is left alone: the report says so."""
+    x, up, down = torch.randn(2, 23, 16), torch.randn(48, 16), torch.randn(16, 48)
 
-    class Marked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mlp = SwiGLU()
+    def two_layers(x: torch.Tensor) -> torch.Tensor:
+        return marked_mlp(marked_mlp(x, up, down), up, down)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.compiler.nested_compile_region(lambda y: self.mlp(y))(x)
-
-    model, x = Marked(), torch.randn(2, 23, 16)
-    fn = torch.compile(model, backend="mst", options=OPTIONS)
-    torch.testing.assert_close(fn(x), model(x))
+    torch.testing.assert_close(torch.compile(two_layers, backend="mst", options=OPTIONS)(x), two_layers(x))
     report = mst_fx.reports()[-1]
     assert not report.chunked
-    assert "invoke_subgraph" in report.notes[0]
-    assert __file__ in report.notes[0]
+    assert any("invoke_subgraph" in note and "test_compile_modes.py" in note for note in report.notes), report.notes
 
 
 @pytest.mark.slow
