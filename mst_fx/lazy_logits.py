@@ -148,17 +148,25 @@ def _refuse(*_: Any) -> Any:
     raise RuntimeError(f"gradients do not flow through logits whose loss was chunked. {_KEEP}")
 
 
+def _refuse_gradient(*grads: Any) -> Any:
+    """Refuse a gradient; none at all may come by (DDP's sink returns one slot per output)."""
+    if any(g is not None for g in grads):
+        _refuse()
+
+
 class _NoGradient(torch.autograd.Function):
     """Identity that refuses a gradient with a sentence."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
         ctx.mark_dirty(value)
+        ctx.set_materialize_grads(False)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        _refuse()
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse_gradient(*grads)
+        return None, None
 
 
 class LazyLogits(torch.Tensor):
@@ -178,7 +186,7 @@ class LazyLogits(torch.Tensor):
         if grad:
             # What goes around __torch_function__ would take the wrapper for a leaf and leave a gradient on it.
             with torch._C.DisableTorchFunctionSubclass():
-                self.register_hook(_refuse)
+                self.register_hook(_refuse_gradient)
         return self
 
     def materialize(self) -> torch.Tensor:
