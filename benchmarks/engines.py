@@ -2,7 +2,7 @@
 
     python -m benchmarks.engines [ddp fsdp2 zero1 zero2 zero3 tensor-parallel] [--ranks 2] [--set seq_len=512]
 
-The work is the llama of ``benchmarks.works``. Every cell is ``ranks`` processes that meet over gloo (nccl with
+The work is the llama of ``mst_fx.bench.works``. Every cell is ``ranks`` processes that meet over gloo (nccl with
 ``--device cuda``); ``inductor`` and ``mst`` each compile the same wrapped model. The gradients are compared with
 those of one process on the joined batch, in fp64. Rows are saved under ``benchmarks/results``.
 """
@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.figures import load, save
-from benchmarks.works import llama
+from mst_fx.bench.works import llama
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
 from mst_fx.models import parse_pairs
 

@@ -1,9 +1,14 @@
-"""Reproduce the figures of the README: ratios to plain Inductor, side by side.
+"""The figures of the README: each a ratio of two systems, with the most that is asked of it.
 
-    python -m benchmarks.figures [llama mlp head slope lengths cache] [--rounds 2] [--tokens-scale 1]
+    python -m benchmarks.figures                # measure everything, save the rows, print the table
+    python -m benchmarks.figures head mlp       # measurements whose names begin so
+    python -m benchmarks.figures --list
+    python -m benchmarks.figures --table        # measure nothing: the table of saved rows
+    python -m benchmarks.figures --readme       # the same, into README.md
 
-Every cell is a process of its own with cold caches; the systems alternate. Rows are saved under
-``benchmarks/results``. Times in absolute terms mean nothing on a shared CPU: read the ratios.
+Times are step times by turns in one process; ratios are medians over rounds. On a machine that others use give
+``--clock cpu``: one thread, processor time. Peaks, errors and first steps are cells, each a process of its own.
+Rows are saved under ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +29,83 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mst_fx.measure import MALLOC_ENV, prepare_compiler
+from mst_fx.bench.questions import Cell, Question, run_cell
+from mst_fx.measure import prepare_compiler
 
 RESULTS = Path(__file__).parent / "results"
-CHUNK = ["--option", "chunk_tokens=1024"]
-CHECKPOINTING = ["--set", "checkpointing=true"]
-# name -> (arguments of both cells, further ones of mst, figure -> greatest ratio asked for)
-PAIRS: dict[str, tuple[list[str], list[str], dict[str, float]]] = {
-    "llama": (["llama"], CHUNK, {"peak_bytes": 0.22, "step_s": 1.00, "first_s": 0.75}),
-    "llama, checkpointing": (["llama", *CHECKPOINTING], CHUNK, {"peak_bytes": 0.26, "step_s": 1.03}),
-    "mlp bf16": (["mlp", "--dtype", "bfloat16"], [], {"step_s": 1.60, "peak_bytes": 0.65}),
-    "head bf16": (["head", "--dtype", "bfloat16"], [], {"step_s": 1.60, "peak_bytes": 0.70}),
-}
-SMALL = {
-    "mlp bf16": ["--set", "hidden=256", "--set", "intermediate=896"],
-    "head bf16": ["--set", "hidden=128", "--set", "vocab=8000"],
-}
+Rows = dict[str, Any]
 
 
-def cell(arguments: list[str], **env: str) -> dict[str, Any]:
-    """Run one cell in a process of its own and return its row."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, **MALLOC_ENV, "TORCHINDUCTOR_CACHE_DIR": cache, **env}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.cell", *arguments],
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"cell {arguments} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+@dataclass(frozen=True)
+class Turns:
+    """Step times of several systems by turns."""
+
+    work: str
+    dtype: str
+    systems: tuple[str, ...]
+    shapes: dict[str, Any]
+
+    def run(self, steps: int, clock: str) -> Rows:
+        """Measure in one process; the row says which clock the ratios are to be read by."""
+        given = [a for k, v in self.shapes.items() for a in ("--set", f"{k}={json.dumps(v)}")]
+        command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.turns", self.work, "--systems",
+                   ",".join(self.systems), "--dtype", self.dtype, "--steps", str(steps), *given]  # fmt: skip
+        env = {**os.environ, **({"OMP_NUM_THREADS": "1"} if clock == "cpu" else {})}
+        return {"clock": clock, **json.loads(_output(command, env))}
 
 
-def compare(name: str, rounds: int, extra: list[str], progress: Progress) -> None:
-    """Alternate plain Inductor and mst on one work and save the rows."""
-    shared, ours, _ = PAIRS[name]
-    rows: dict[str, list[dict[str, Any]]] = {"inductor": [], "mst": []}
-    task = progress.add_task(name, total=2 * rounds)
-    for _ in range(rounds):
-        for system in rows:
-            options = ours if system == "mst" else []
-            rows[system].append(cell([*shared, *extra, "--system", system, *options]))
-            progress.advance(task)
-    save(name, rows)
+@dataclass(frozen=True)
+class Cells:
+    """Peak, first step and, where asked for, the gradients' error: a process and a cold cache for each system."""
+
+    work: str
+    dtype: str
+    systems: tuple[str, ...]
+    shapes: dict[str, Any]
+    error: bool = False
+    rounds: int = 1
+    warm: bool = False
+    """Run every cell a second time on the caches of the first."""
+
+    def run(self, steps: int, clock: str) -> Rows:
+        """Run the cells, systems by turns."""
+        question = Question({"llama": "model"}.get(self.work, self.work), "cpu", self.dtype, steps=1)
+        extra = ["--error"] if self.error else []
+        rows: Rows = {}
+        with tempfile.TemporaryDirectory() as root:
+            for _ in range(self.rounds):
+                for system in self.systems:
+                    folder = tempfile.mkdtemp(dir=root)
+                    for caches in ("cold", "warm") if self.warm else ("cold",):
+                        row = run_cell(question, Cell(system, self.shapes, caches), folder, *extra)
+                        rows.setdefault(f"{system}, warm" if caches == "warm" else system, []).append(row)
+        return rows
 
 
-def slope(progress: Progress) -> None:
-    """Measure the peak at S 2048 and 8192 under checkpointing."""
-    task = progress.add_task("slope", total=4)
-    rows: dict[str, list[dict[str, Any]]] = {"inductor": [], "mst": []}
-    for length in (2048, 8192):
-        for system in rows:
-            options = CHUNK if system == "mst" else []
-            arguments = ["llama", *CHECKPOINTING, "--set", f"seq_len={length}", "--steps", "1", "--system", system]
-            rows[system].append(cell([*arguments, *options]))
-            progress.advance(task)
-    save("slope", rows)
+@dataclass(frozen=True)
+class Script:
+    """A script that prints one JSON value, run ``times`` times on one cache folder that begins empty."""
+
+    text: str
+    times: int = 1
+
+    def run(self, steps: int, clock: str) -> Rows:
+        """Run it and keep every value."""
+        command = [sys.executable, "-W", "ignore", "-c", self.text]
+        with tempfile.TemporaryDirectory() as folder:
+            env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+            return {"values": [json.loads(_output(command, env)) for _ in range(self.times)]}
 
 
-LENGTHS_SCRIPT = """
+SMALL_LLAMA = """
 import json, torch
-from benchmarks.works import llama
+from mst_fx.bench.works import llama
 from torch._dynamo.utils import counters
+torch.manual_seed(0)
 work = llama(layers=1, hidden=64, intermediate=224, vocab=1000, seq_len=512, dtype=torch.float32, device="cpu")
 fn = torch.compile(work.module, backend="mst", options={"mst.chunk_tokens": 128})
+"""
+LENGTHS = """
 counts = []
 for i in range(22):
     ids = torch.randint(0, 1000, (1, 400 + 37 * i))
@@ -92,149 +113,198 @@ for i in range(22):
     counts.append(counters["stats"]["unique_graphs"])
 print(json.dumps(counts[-1] - counts[1]))
 """
-
-CACHE_SCRIPT = """
-import json, time, torch
-from benchmarks.works import llama
-from torch._dynamo.utils import counters
-torch.manual_seed(0)
-work = llama(layers=1, hidden=64, intermediate=224, vocab=1000, seq_len=512, dtype=torch.float32, device="cpu")
-fn = torch.compile(work.module, backend="mst", options={"mst.chunk_tokens": 128})
-start = time.perf_counter()
+MISSES = """
 work.step(fn)
-print(json.dumps([time.perf_counter() - start, dict(counters["aot_autograd"]), dict(counters["inductor"])]))
+found = {**counters["aot_autograd"], **counters["inductor"]}
+print(json.dumps(sum(v for k, v in found.items() if k.endswith(("_miss", "_bypass")))))
 """
 
-
-def script(text: str, **env: str) -> Any:
-    """Run a script in a process of its own and return what it prints last."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], capture_output=True, text=True,
-                          env={**os.environ, **env}, check=True)  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def lengths() -> None:
-    """Count recompilations over 20 sequence lengths after the first two."""
-    save("lengths", {"recompilations": script(LENGTHS_SCRIPT)})
-
-
-def caches() -> None:
-    """Compile the same model in two processes that share a cache folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        first = script(CACHE_SCRIPT, TORCHINDUCTOR_CACHE_DIR=folder)
-        second = script(CACHE_SCRIPT, TORCHINDUCTOR_CACHE_DIR=folder)
-    save("cache", {"first": first, "second": second})
-
-
-def save(name: str, rows: dict[str, Any]) -> None:
-    """Write a work's rows as JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    _path(name).write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def _path(name: str) -> Path:
-    return RESULTS / f"{name.replace(',', '').replace(' ', '-')}.json"
-
-
-def load(name: str) -> dict[str, Any] | None:
-    """Return a work's saved rows, None where it was not run."""
-    return json.loads(_path(name).read_text()) if _path(name).exists() else None
-
-
-# -- tables from saved rows --------------------------------------------------------------------------
-
-Figure = tuple[str, str, str, float, float]
-"""Work, what was measured (plain -> mst), figure, ratio or count, greatest asked for."""
-UNITS = {
-    "peak_bytes": ("peak over start", 2**20, "MiB"),
-    "step_s": ("step time", 1, "s"),
-    "first_s": ("first step", 1, "s"),
+CHECKPOINTING = {"checkpointing": True}
+MEASUREMENTS: dict[str, Turns | Cells | Script] = {
+    "head-fp32": Turns("head", "float32", ("inductor", "mst"), {}),
+    "head-fp32-batch2": Turns("head", "float32", ("inductor", "mst"), {"batch": 2}),
+    "head-bf16": Turns("head", "bfloat16", ("inductor", "auto_chunker", "mst", "mst parameter"), {}),
+    "head-bf16-batch2": Turns("head", "bfloat16", ("inductor", "mst parameter"), {"batch": 2}),
+    "head-peak": Cells("head", "bfloat16", ("inductor", "auto_chunker", "mst", "mst parameter"), {}, error=True),
+    "mlp-bf16": Turns("mlp", "bfloat16", ("inductor", "mst", "mst parameter", "chunk checkpoint"), {}),
+    "mlp-fp32": Turns("mlp", "float32", ("inductor+checkpoint", "mst"), {}),
+    "mlp-peak": Cells("mlp", "bfloat16", ("inductor", "mst", "mst parameter", "chunk checkpoint"), {}, error=True),
+    "llama": Turns("llama", "float32", ("inductor", "mst"), {}),
+    "llama-checkpointing": Turns("llama", "float32", ("inductor", "mst"), CHECKPOINTING),
+    "llama-peak": Cells("llama", "float32", ("inductor", "mst"), {}),
+    "llama-checkpointing-peak": Cells("llama", "float32", ("inductor", "mst"), CHECKPOINTING),
+    "llama-2k": Cells("llama", "float32", ("inductor",), {"seq_len": 2048}),
+    "llama-16k": Cells("llama", "float32", ("inductor",), {"seq_len": 16384}),
+    "llama-2k-checkpointing": Cells("llama", "float32", ("inductor", "mst"), {"seq_len": 2048, **CHECKPOINTING}),
+    "llama-16k-checkpointing": Cells("llama", "float32", ("inductor", "mst"), {"seq_len": 16384, **CHECKPOINTING}),
+    "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
+    "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
+    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, warm=True),
+    "lengths": Script(SMALL_LLAMA + LENGTHS),
+    "caches": Script(SMALL_LLAMA + MISSES, times=2),
 }
 
 
-def figures() -> list[Figure]:
-    """Return every figure whose rows are saved."""
-    found: list[Figure] = []
-    for name, (_, _, asked) in PAIRS.items():
-        rows = load(name)
-        if rows is None:
-            continue
-        for figure, limit in asked.items():
-            plain, ours = (statistics.median(r[figure] for r in rows[s]) for s in ("inductor", "mst"))
-            title, unit, symbol = UNITS[figure]
-            sizes = ", ".join(f"{k} {v}" for k, v in rows["mst"][0]["shapes"].items() if k != "checkpointing")
-            work = f"{name} ({sizes})" if sizes else name
-            found.append((work, f"{plain / unit:.1f} -> {ours / unit:.1f} {symbol}", title, ours / plain, limit))
-    for name, limit in (("interleaved-llama", 1.00), ("interleaved-llama-checkpointing", 1.03)):
-        if row := load(name):
-            plain, ours = (statistics.median(row["steps_s"][s]) for s in ("inductor", "mst"))
-            work = f"{name.removeprefix('interleaved-').replace('-', ', ')}, step by step by turns"
-            found.append((work, f"{plain:.1f} -> {ours:.1f} s", "step time", ours / plain, limit))
-    if rows := load("slope"):
-        plain, ours = (
-            (r[1]["peak_bytes"] - r[0]["peak_bytes"]) / (8192 - 2048) for r in (rows["inductor"], rows["mst"])
-        )
-        work = "llama, checkpointing, S 2048 to 8192"
-        found.append((work, f"{plain:.0f} -> {ours:.0f} B/token", "slope of the peak", ours / plain, 0.15))
-    if rows := load("lengths"):
-        found.append(("20 sequence lengths after the first two", "", "recompilations", rows["recompilations"], 0))
-    if rows := load("cache"):
-        misses = sum(v for stats in rows["second"][1:] for k, v in stats.items() if k.endswith(("_miss", "_bypass")))
-        seconds = f"{rows['first'][0]:.0f} -> {rows['second'][0]:.0f} s"
-        found.append(("second process, same model", seconds, "cache misses", misses, 0))
+def _output(command: list[str], env: dict[str, str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout.splitlines()[-1]
+
+
+def save(name: str, rows: Rows) -> None:
+    """Write a measurement's rows as JSON."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def load(name: str) -> Rows | None:
+    """Return a measurement's saved rows, None where it was not run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+# -- figures from saved rows -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A ratio (or a count), what it is of, and the most that is asked."""
+
+    work: str
+    what: str
+    against: str
+    limit: float
+    value: Callable[[], float]
+
+
+def _time(name: str, system: str, base: str) -> Callable[[], float]:
+    def value() -> float:
+        rows = _rows(name)
+        times = rows["cpu_s" if rows["clock"] == "cpu" else "steps_s"]
+        return statistics.median(a / b for a, b in zip(times[system], times[base], strict=True))
+
+    return value
+
+
+def _cells(name: str, system: str, base: str, key: str) -> Callable[[], float]:
+    return lambda: _value(name, system, key) / _value(name, base, key)
+
+
+def _value(name: str, system: str, key: str) -> float:
+    return statistics.median(r[key] for r in _rows(name)[system])
+
+
+def _slope(base: str) -> Callable[[], float]:
+    def grown(system: str, kept: str) -> float:
+        return _value(f"llama-16k{kept}", system, "peak_bytes") - _value(f"llama-2k{kept}", system, "peak_bytes")
+
+    return lambda: grown("mst", "-checkpointing") / grown("inductor", base)
+
+
+class _MissingError(Exception):
+    """A figure's rows were not measured, or a system could not run; the message says which."""
+
+
+def _rows(name: str) -> Rows:
+    found = load(name)
+    if found is None:
+        raise _MissingError(f"not measured: {name}")
+    for rows in found.values():
+        for row in rows if isinstance(rows, list) else []:
+            if isinstance(row, dict) and "reason" in row:
+                raise _MissingError(f"{row['system']}: {row['reason']}")
+    return found
+
+
+PLAIN, PEAK, ERROR, FIRST = "Inductor", "peak_bytes", "gradient_error", "first_s"
+PARAM, BOTH, WARM = "mst parameter", ("mst", "inductor"), ("mst, warm", "inductor, warm")
+FIGURES = [
+    Figure("head fp32", "time", PLAIN, 1.10, _time("head-fp32", "mst", "inductor")),
+    Figure("head fp32, batch 2", "time", PLAIN, 1.10, _time("head-fp32-batch2", "mst", "inductor")),
+    Figure("head bf16, parameter", "time", PLAIN, 1.10, _time("head-bf16", PARAM, "inductor")),
+    Figure("head bf16, parameter, batch 2", "time", PLAIN, 1.10, _time("head-bf16-batch2", PARAM, "inductor")),
+    Figure("head bf16, parameter", "peak", "AutoChunker", 1.00, _cells("head-peak", PARAM, "auto_chunker", PEAK)),
+    Figure("head bf16, parameter", "time", "AutoChunker", 1.00, _time("head-bf16", PARAM, "auto_chunker")),
+    Figure("head bf16", "time", PLAIN, 1.50, _time("head-bf16", "mst", "inductor")),
+    Figure("head bf16", "peak", PLAIN, 0.65, _cells("head-peak", "mst", "inductor", PEAK)),
+    Figure("head bf16", "error of gradients", PLAIN, 1.02, _cells("head-peak", "mst", "inductor", ERROR)),
+    Figure("head bf16, parameter", "error of gradients", PLAIN, 1.02, _cells("head-peak", PARAM, "inductor", ERROR)),
+    Figure("mlp bf16, parameter", "time", PLAIN, 1.30, _time("mlp-bf16", PARAM, "inductor")),
+    Figure("mlp bf16, parameter", "peak", PLAIN, 0.45, _cells("mlp-peak", PARAM, "inductor", PEAK)),
+    Figure("mlp bf16", "time", PLAIN, 1.50, _time("mlp-bf16", "mst", "inductor")),
+    Figure("mlp bf16", "peak", PLAIN, 0.55, _cells("mlp-peak", "mst", "inductor", PEAK)),
+    Figure("mlp fp32", "time", "Inductor + checkpoint", 1.02, _time("mlp-fp32", "mst", "inductor+checkpoint")),
+    Figure("mlp bf16", "error of gradients", PLAIN, 1.12, _cells("mlp-peak", "mst", "inductor", ERROR)),
+    Figure("mlp bf16", "time", "eager checkpoint per chunk", 0.55, _time("mlp-bf16", "mst", "chunk checkpoint")),
+    Figure("mlp bf16", "peak", "eager checkpoint per chunk", 1.00, _cells("mlp-peak", "mst", "chunk checkpoint", PEAK)),
+    Figure("llama", "peak", PLAIN, 0.20, _cells("llama-peak", "mst", "inductor", PEAK)),
+    Figure("llama", "time", PLAIN, 0.95, _time("llama", "mst", "inductor")),
+    Figure("llama, checkpointing", "peak", "the same", 0.22, _cells("llama-checkpointing-peak", *BOTH, PEAK)),
+    Figure("llama, checkpointing", "time", "the same", 1.00, _time("llama-checkpointing", "mst", "inductor")),
+    Figure("llama, checkpointing, 2K to 16K", "slope of the peak", "the same", 0.12, _slope("-checkpointing")),
+    Figure("llama, checkpointing, 2K to 16K", "slope of the peak", PLAIN, 0.06, _slope("")),
+    Figure("llama, S 256", "time", PLAIN, 1.02, _time("llama-256", "mst", "inductor")),
+    Figure("llama, S 512", "time", PLAIN, 1.02, _time("llama-512", "mst", "inductor")),
+    Figure("llama, 8 layers", "first step, cold", PLAIN, 0.60, _cells("llama-compile", "mst", "inductor", FIRST)),
+    Figure("llama, 8 layers", "first step, warm", PLAIN, 0.80, _cells("llama-compile", *WARM, FIRST)),
+    Figure("20 sequence lengths after the first two", "recompilations", "", 0, lambda: _rows("lengths")["values"][0]),
+    Figure("second process, same model", "cache misses", "", 0, lambda: _rows("caches")["values"][1]),
+]  # fmt: skip
+
+
+def lines() -> list[tuple[str, str, str, str, str]]:
+    """Return the table: work, what, against, ratio, the most that is asked."""
+    found = []
+    for f in FIGURES:
+        try:
+            ratio = f.value()
+            met = f"at most {f.limit:g}" + ("" if round(ratio, 2) <= f.limit else ", **missed**")
+            found.append((f.work, f.what, f.against, f"{ratio:.2f}", met))
+        except _MissingError as e:
+            found.append((f.work, f.what, f.against, str(e), f"at most {f.limit:g}"))
     return found
 
 
 def write_readme() -> None:
-    """Put the table of saved rows between the README's markers."""
+    """Put the table between the README's markers."""
     readme = Path(__file__).parent.parent / "README.md"
-    text = readme.read_text()
     start, end = "<!-- figures -->", "<!-- end of figures -->"
-    lines = ["| work | plain Inductor -> mst | figure | ratio | asked |", "| --- | --- | --- | --- | --- |"]
-    for work, values, figure, ratio, limit in figures():
-        met = f"at most {limit:g}" + ("" if ratio <= limit else ", **missed**")
-        lines.append(f"| {work} | {values} | {figure} | {ratio:.2f} | {met} |")
-    before, rest = text.split(start)
-    readme.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.split(end)[1]}")
+    table = ["| work | what | against | ratio | asked |", "| --- | --- | --- | --- | --- |"]
+    table += [f"| {' | '.join(line)} |" for line in lines()]
+    before, rest = readme.read_text().split(start)
+    readme.write_text(f"{before}{start}\n" + "\n".join(table) + f"\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
-    """Run what was asked for and print the table."""
+    """Measure what was asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "works", nargs="*", metavar="WORK", help="llama, mlp, head, slope, lengths, cache; all by default"
-    )
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="smaller mlp and head, for CPUs without bf16 instructions")
-    parser.add_argument(
-        "--readme", action="store_true", help="run nothing; write the table of saved rows into README.md"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="measurements whose names begin so; all by default")
+    parser.add_argument("--steps", type=int, default=5, help="rounds of turns")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
+    if args.list:
+        Console().print("\n".join(MEASUREMENTS))
+        return
     if args.readme:
         write_readme()
         return
-    wanted = args.works or ["llama", "mlp", "head", "slope", "lengths", "cache"]
-    prepare_compiler(dict(os.environ))
-    with Progress(console=Console(stderr=True)) as progress:
-        for name in PAIRS:
-            if name.split(",")[0].split()[0] in wanted:
-                extra = ["--steps", str(args.steps), *(SMALL.get(name, []) if args.small else [])]
-                compare(name, args.rounds, extra, progress)
-        if "llama" in wanted:
-            for extra in ([], CHECKPOINTING):
-                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.interleaved", "llama", *extra, *CHUNK]
-                subprocess.run(command, check=True, capture_output=True)
-        if "slope" in wanted:
-            slope(progress)
-        if "lengths" in wanted:
-            lengths()
-        if "cache" in wanted:
-            caches()
-    table = Table("work", "plain Inductor -> mst", "figure", "ratio", "at most", "")
-    for work, values, figure, ratio, limit in figures():
-        table.add_row(work, values, figure, f"{ratio:.2f}", f"{limit:g}", "ok" if ratio <= limit else "MISSED")
-    Console(width=130).print(table)
+    if not args.table:
+        wanted = [n for n in MEASUREMENTS if not args.names or n.startswith(tuple(args.names))]
+        prepare_compiler(dict(os.environ))
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=len(wanted))
+            for name in wanted:
+                progress.update(task, description=name)
+                save(name, MEASUREMENTS[name].run(args.steps, args.clock))
+                progress.advance(task)
+    table = Table("work", "what", "against", "ratio", "asked")
+    for line in lines():
+        table.add_row(*line)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.inductor import symbolic_inputs
 from mst_fx.rows import concrete
+from mst_fx.simplify import simplify_loss_backward
 
 aten = torch.ops.aten
 _LAYOUT = {aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default,
@@ -166,7 +167,7 @@ def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-    traced.graph.eliminate_dead_code()
+    simplify_loss_backward(traced.graph)
     traced.recompile()
     return traced
 

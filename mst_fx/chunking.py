@@ -57,6 +57,10 @@ class Context:
     reports: list[RegionReport] = field(default_factory=list)
     bodies: dict[str, BodyCode] = field(default_factory=dict)
     logits: list[LogitsSpec] = field(default_factory=list)
+    mutated: dict[fx.GraphModule, set[int]] = field(default_factory=dict)
+    """Per graph, the storages that change in place in it."""
+    masks: int = 0
+    """How many attentions were relieved of their mask."""
     allowed: frozenset[str] | None = None
     """Keys of the regions of the graph at hand that may be rewritten; None for all."""
 
@@ -83,6 +87,7 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         narrow,
         accumulators if trains else 0,
         context.config.chunk_tokens,
+        lifted.body.chunked[0].device.type,
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mst_fx.bench.command import add_arguments, run_bench
 from mst_fx.check import Check, IncomparableError, check
 from mst_fx.config import OptionError
 from mst_fx.dry_run import explain
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "finetune", help="fine-tune a causal LM at a long context; takes Trainer's flags", add_help=False
     )
+    bench = commands.add_parser("bench", help="measure mst and its peers on the same work, a process for each")
+    add_arguments(bench)
+    bench.set_defaults(run=run_bench)
     return parser
 
 

@@ -25,8 +25,10 @@ from mst_fx.body import Backward, InputSpec, Term
 from mst_fx.inductor import cpu_multiplies
 from mst_fx.plan import chunk_bounds
 
-PRODUCT_BLOCK_BYTES = 4 * 2**20
-"""A product that cannot be added while it is computed goes block by block, each small enough for a cache."""
+PRODUCT_BLOCK_BYTES = 32 * 2**20
+"""A product that cannot be added while it is computed goes block by block; smaller ones multiply more slowly."""
+ADDED_ELEMENTS = 2**17
+"""Of a block, as many are cast and added at a time as stay in a core's cache with their fp32 copy."""
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 """A loop allocates per chunk and may draw masks: under ``mode="reduce-overhead"`` Inductor captures around it."""
@@ -248,20 +250,25 @@ def _accumulate(total: Any, term: Term, values: list[torch.Tensor], found: Compi
             torch.addmm(total, a, b, out_dtype=dtype, out=total)
         return total
     # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. Where the CPU multiplies bf16
-    # fast, a block of the product is rounded and added while it is in cache; where it does not, the factors
-    # are widened block by block and the sum is exact.
+    # fast, a block of the product is rounded and added; where it does not, the factors are widened block by block
+    # and the sum is exact.
     step = max(1, PRODUCT_BLOCK_BYTES // (max(a.shape[1], b.shape[1]) * dtype.itemsize))
     wide = None if cpu_multiplies(a.dtype) else b.to(dtype)
     for start in range(0, a.shape[0], step):
         factor, block = a[start : start + step], total[start : start + step]
         if wide is None:
-            part = torch.mm(factor, b)
-            block.copy_(part) if first else block.add_(part)
+            _add_cast(block, torch.mm(factor, b), first)
         elif first:
             torch.mm(factor.to(dtype), wide, out=block)
         else:
             block.addmm_(factor.to(dtype), wide)
     return total
+
+
+def _add_cast(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
+    """Add (or copy) into a wider dtype piece by piece: an add of two dtypes casts all of the narrow one first."""
+    for wide, narrow in zip(total.view(-1).split(ADDED_ELEMENTS), part.view(-1).split(ADDED_ELEMENTS), strict=True):
+        wide.copy_(narrow) if first else wide.add_(narrow)
 
 
 def _finish(terms: tuple[Term, ...], sums: dict[int, Any], like: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, fake, fake_tens
 from mst_fx.inductor import apart_from_autograd_settings, fake_mode_of, graph_break, keep_source
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
+from mst_fx.passes.causal_masks import causal_masks
 from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
 from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
@@ -29,6 +30,7 @@ from mst_fx.verify import snapshot, verify
 log = logging.getLogger(__name__)
 
 PASSES: tuple[tuple[str, Callable[[Graph, Context], list[RegionReport]]], ...] = (
+    ("causal_masks", causal_masks),
     ("normalize", normalize),
     ("chunk_loss", chunk_loss),
     ("chunk_tokenwise", chunk_tokenwise),
@@ -70,9 +72,15 @@ def run_passes(
     if broken is not None and any(r.kind == "loss" and r.status == "skipped" for r in context.reports):
         notes.append(f"a graph break ends the graph of these logits at {broken[0]}: {broken[1]}")
     chunked = any(r.status == "chunked" for r in context.reports)
+    changed = chunked or context.masks > 0
+    if context.masks:
+        several = "s" if context.masks > 1 else ""
+        notes.append(
+            f"{context.masks} attention{several}: the S x S mask is proved to be causal, or to mask nothing: not made"
+        )
     before = copy_graph(module, KEPT)
     before.meta["mst_ambient"] = autocast_now()  # autocast around the compiled function is not in its graph
-    after = copy_graph(rewritten, KEPT) if chunked else before
+    after = copy_graph(rewritten, KEPT) if changed else before
     after.meta["mst_ambient"] = before.meta["mst_ambient"]
     report = Report(tuple(context.reports), tuple(notes), tuple(context.bodies.values()), (GraphPair(before, after),))
     log.info(
@@ -85,7 +93,7 @@ def run_passes(
         log.debug("mst: %s %s at %s %s: %s", r.status, r.kind, r.source, r.path, r.reason)
     if config.strict and not chunked and trains_loss(module):
         raise NothingChunkedError(f"mst.strict: nothing was chunked in a graph that trains a loss.\n{report}")
-    return (rewritten if chunked else module), report, context.logits
+    return (rewritten if changed else module), report, context.logits
 
 
 def _run_on(graph: Graph, context: Context) -> None:

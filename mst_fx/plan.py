@@ -1,18 +1,28 @@
 """Chunk sizes and their bytes: pure arithmetic over shapes, standard library only.
 
 Shapes alone decide, so every rank of a distributed job decides alike without a collective.
+
+Terms, in bytes:
+    wide: a row's wide values, gradients included; they exist for ``C`` rows at a time.
+    narrow: a row's inputs and outputs of the region; they exist for all ``T`` rows whatever ``C`` is.
+    accumulators: the weight-gradient sums; they exist whatever ``C`` is.
+
 Two forces pull at the chunk size ``C``:
 
-* bytes: a chunk's wide values take ``C * wide_bytes`` (forward values and their gradients);
-* traffic: every chunk adds into the fp32 accumulators once, about ``8 * K * N`` bytes moved against
-  ``2 * C * K * N`` FLOPs per weight, a relative cost of ``(8 / bandwidth) / (2 * C / flops)``.
+* bytes: a region takes ``accumulators + C * wide`` instead of ``T * wide``;
+* time: every chunk adds into each ``K x N`` accumulator once, which moves ``8 * K * N`` bytes (fp32) for a product of
+  ``2 * C * K * N`` FLOPs: a share ``t / C`` of that product's time, ``t = 4 * flops / bandwidth`` (about 660 tokens on
+  an H200, 50 to 100 on a CPU). ``MIN_CHUNK_TOKENS`` keeps that share small, and matrices large enough to be fast.
 
-The accumulators (``accumulator_bytes``) and the region's own inputs and outputs
-(``T * narrow_bytes``) exist whatever ``C`` is. ``auto`` lets a chunk cost about as much as these do:
+``auto`` lets a chunk cost about as much as what exists anyway, for less would save little:
 
-    C = power of two nearest to (accumulator_bytes + T * narrow_bytes) / wide_bytes, within limits
+    target = power of two nearest to (accumulators + T * narrow) / wide
+    C      = greatest power of two <= target, T / 2, MAX_CHUNK_TOKENS,
+             and such that accumulators + C * wide <= 3/4 T * wide and <= T * wide - MIN_SAVED_BYTES
 
-and leaves a region alone unless that is at least two chunks and saves a quarter of the bytes.
+and leaves the region alone where that is below ``MIN_CHUNK_TOKENS``. Every bound grows with ``T``, so a longer
+sequence never gets smaller chunks, and one that is longer than a chunked one is chunked. It is never more than three
+quarters of the bytes without chunks.
 """
 
 from __future__ import annotations
@@ -20,9 +30,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MIN_CHUNK_TOKENS = {"mlp": 1024, "loss": 256}
+MIN_CHUNK_TOKENS = {"cpu": {"mlp": 1024, "loss": 256}, "gpu": {"mlp": 2048, "loss": 1024}}
 MAX_CHUNK_TOKENS = 16384
 MIN_SAVED_BYTES = 8 * 2**20
+MOST_KEPT = 0.75
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,13 @@ def chunk_bounds(tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
 
 
 def plan_chunks(
-    kind: str, tokens: int, wide_bytes: int, narrow_bytes: int, accumulator_bytes: int, chunk_tokens: int | str
+    kind: str,
+    tokens: int,
+    wide_bytes: int,
+    narrow_bytes: int,
+    accumulator_bytes: int,
+    chunk_tokens: int | str,
+    device: str = "cpu",
 ) -> ChunkPlan | str:
     """Plan a region of ``tokens`` rows, or say in one sentence why it is better left alone.
 
@@ -52,26 +69,30 @@ def plan_chunks(
         narrow_bytes: Bytes of the region's per-row inputs and outputs.
         accumulator_bytes: Bytes of the weight-gradient accumulators; 0 when nothing trains.
         chunk_tokens: The user's ``mst.chunk_tokens``.
+        device: "cpu", or anything else for a GPU.
     """
     before = tokens * wide_bytes
-    if isinstance(chunk_tokens, str):
-        size = _auto_chunk_tokens(kind, tokens, wide_bytes, narrow_bytes, accumulator_bytes)
-    else:
-        size = chunk_tokens
-    plan = ChunkPlan(size, -(-tokens // size), before, min(tokens, size) * wide_bytes + accumulator_bytes)
-    if plan.num_chunks < 2:
-        return f"too small: {tokens} tokens fit in one chunk of {size}"
-    if chunk_tokens == "auto" and plan.bytes_after > 0.75 * before:
-        return f"not worthwhile: {format_bytes(before)} of wide values would become {format_bytes(plan.bytes_after)}"
-    if chunk_tokens == "auto" and before - plan.bytes_after < MIN_SAVED_BYTES:
-        return f"too small: chunking would save {format_bytes(before - plan.bytes_after)} only"
-    return plan
+    if not isinstance(chunk_tokens, str):
+        if tokens <= chunk_tokens:
+            return f"too small: {tokens} tokens fit in one chunk of {chunk_tokens}"
+        return _plan(tokens, chunk_tokens, wide_bytes, accumulator_bytes)
+    least = MIN_CHUNK_TOKENS["cpu" if device == "cpu" else "gpu"][kind]
+    if tokens < 2 * least:
+        return f"too small: {tokens} tokens are less than two chunks of {least}"
+    room = min(MOST_KEPT * before, before - MIN_SAVED_BYTES) - accumulator_bytes
+    if room < least * wide_bytes:
+        after = accumulator_bytes + least * wide_bytes
+        return f"not worthwhile: {format_bytes(before)} of wide values would become {format_bytes(after)}"
+    anyway = (accumulator_bytes + tokens * narrow_bytes) / max(wide_bytes, 1)
+    target = 2 ** round(math.log2(max(anyway, 1)))
+    most = min(tokens // 2, MAX_CHUNK_TOKENS, int(room // max(wide_bytes, 1)))
+    size = max(least, min(target, most))
+    return _plan(tokens, 1 << (size.bit_length() - 1), wide_bytes, accumulator_bytes)
 
 
-def _auto_chunk_tokens(kind: str, tokens: int, wide_bytes: int, narrow_bytes: int, accumulator_bytes: int) -> int:
-    fixed = accumulator_bytes + tokens * narrow_bytes
-    size = 2 ** round(math.log2(max(fixed / max(wide_bytes, 1), 1)))
-    return max(MIN_CHUNK_TOKENS[kind], min(size, MAX_CHUNK_TOKENS))
+def _plan(tokens: int, size: int, wide_bytes: int, accumulator_bytes: int) -> ChunkPlan:
+    after = min(tokens, size) * wide_bytes + accumulator_bytes
+    return ChunkPlan(size, -(-tokens // size), tokens * wide_bytes, after)
 
 
 def format_bytes(count: int) -> str:

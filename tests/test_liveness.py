@@ -87,7 +87,7 @@ def test_chunking_lowers_the_peak_and_is_computed_once() -> None:
 
 MEASURE = """
 import json, sys, torch, mst_fx
-from benchmarks.works import llama
+from mst_fx.bench.works import llama
 from mst_fx.measure import peak_over_start
 options = {"mst.chunk_tokens": 512}
 checkpointing = sys.argv[1] == "True"

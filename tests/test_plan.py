@@ -1,4 +1,9 @@
-from mst_fx.plan import ChunkPlan, chunk_bounds, plan_chunks
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mst_fx.plan import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MIN_SAVED_BYTES, ChunkPlan, chunk_bounds, plan_chunks
 
 MLP = {"wide_bytes": 2**16, "narrow_bytes": 2**12, "accumulator_bytes": 2**24}
 
@@ -19,12 +24,60 @@ def test_auto_leaves_small_and_unprofitable_regions_alone() -> None:
     assert "not worthwhile" in str(plan_chunks("mlp", 2048, 2**12, 2**8, 2**22, "auto"))
 
 
-def test_auto_never_plans_more_memory_than_before_and_is_monotone() -> None:
-    sizes = []
-    for power in range(8, 22):
-        plan = plan_chunks("mlp", 2**power, **MLP, chunk_tokens="auto")
-        if isinstance(plan, ChunkPlan):
-            assert plan.bytes_after <= 0.75 * plan.bytes_before
-            sizes.append(plan.chunk_tokens)
-    assert sizes
-    assert sizes == sorted(sizes)
+REGION = {
+    "kind": st.sampled_from(["mlp", "loss"]),
+    "wide_bytes": st.integers(1, 2**22),
+    "narrow_bytes": st.integers(0, 2**18),
+    "accumulator_bytes": st.integers(0, 2**34),
+    "device": st.sampled_from(["cpu", "cuda"]),
+}
+TOKENS = st.integers(0, 2**22)
+
+
+@given(tokens=TOKENS, **REGION)
+def test_auto_never_plans_more_memory_than_before(tokens: int, **region: Any) -> None:
+    plan = plan_chunks(tokens=tokens, chunk_tokens="auto", **region)
+    if isinstance(plan, str):
+        return
+    assert plan.bytes_before == tokens * region["wide_bytes"]
+    assert plan.bytes_after == plan.chunk_tokens * region["wide_bytes"] + region["accumulator_bytes"]
+    assert plan.bytes_after <= 0.75 * plan.bytes_before
+    assert plan.bytes_before - plan.bytes_after >= MIN_SAVED_BYTES
+    assert plan.num_chunks >= 2
+    assert plan.chunk_tokens.bit_count() == 1
+    least = MIN_CHUNK_TOKENS["cpu" if region["device"] == "cpu" else "gpu"][region["kind"]]
+    assert least <= plan.chunk_tokens <= MAX_CHUNK_TOKENS
+
+
+@given(tokens=TOKENS, more=TOKENS, **REGION)
+def test_auto_is_monotone(tokens: int, more: int, **region: Any) -> None:
+    """A longer sequence is chunked where a shorter one is, in chunks no smaller."""
+    short, long = (plan_chunks(tokens=t, chunk_tokens="auto", **region) for t in (tokens, tokens + more))
+    if isinstance(short, ChunkPlan):
+        assert isinstance(long, ChunkPlan)
+        assert long.chunk_tokens >= short.chunk_tokens
+
+
+@given(tokens=st.integers(1, 2**16), size=st.integers(1, 2**16), **REGION)
+def test_an_int_is_obeyed(tokens: int, size: int, **region: Any) -> None:
+    plan = plan_chunks(tokens=tokens, chunk_tokens=size, **region)
+    if tokens <= size:
+        assert isinstance(plan, str)
+    else:
+        assert isinstance(plan, ChunkPlan)
+        assert (plan.chunk_tokens, plan.num_chunks) == (size, len(chunk_bounds(tokens, size)))
+
+
+def test_known_shapes() -> None:
+    """Llama-3-8B's head and MLP on a GPU, in bf16; the reference works on a CPU. Short sequences stay whole."""
+    gib = 2**30
+    head = plan_chunks("loss", 8192, 2 * 6 * 128256, 16384, 4 * 128256 * 4096, "auto", "cuda")
+    mlp = plan_chunks("mlp", 65536, 2 * 8 * 14336, 16384, 4 * 3 * 4096 * 14336, "auto", "cuda")
+    assert isinstance(head, ChunkPlan)
+    assert isinstance(mlp, ChunkPlan)
+    assert (head.chunk_tokens, mlp.chunk_tokens) == (2048, 8192)
+    assert head.bytes_before > 11 * gib
+    assert head.bytes_after < 5 * gib
+    for tokens in (256, 512):
+        assert isinstance(plan_chunks("loss", tokens, 2 * 4 * 32000, 4096, 4 * 32000 * 512, "auto"), str)
+        assert isinstance(plan_chunks("mlp", tokens, 2 * 16 * 1792, 4096, 4 * 3 * 512 * 1792, "auto"), str)

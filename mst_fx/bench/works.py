@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``S`` sequence, ``T = B*S`` tokens, ``H`` hidden, ``I`` int
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +19,21 @@ from torch import nn
 class Work:
     """One training step: ``step(fn)`` runs forward and backward with ``fn`` in place of ``module``."""
 
+    name: str
     module: nn.Module
     inputs: dict[str, torch.Tensor]
     loss: Callable[[Any], torch.Tensor]
+    tokens: int
     grad_output: torch.Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def step(self, fn: Callable[..., Any]) -> torch.Tensor:
-        """Run forward and backward; gradients add to what is there."""
+        """Run forward and backward, and the optimizer if there is one; else gradients add to what is there."""
         out = self.loss(fn(**self.inputs))
         out.backward(self.grad_output)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return out.detach()
 
     def clear(self) -> None:
@@ -34,6 +41,19 @@ class Work:
         self.module.zero_grad(set_to_none=True)
         for value in self.inputs.values():
             value.grad = None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients of the parameters."""
+        return {n: p.grad for n, p in self.module.named_parameters() if p.grad is not None}
+
+    def in_double(self) -> Work:
+        """Return the same work in fp64."""
+        inputs = {
+            k: v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v
+            for k, v in self.inputs.items()
+        }
+        grad = None if self.grad_output is None else self.grad_output.double()
+        return dataclasses.replace(self, module=copy.deepcopy(self.module).double(), inputs=inputs, grad_output=grad)
 
 
 class Head(nn.Module):
@@ -44,8 +64,10 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.randn(vocab, hidden) / hidden**0.5)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss; logits in the dtype of the weight, the loss in at least fp32."""
         logits = F.linear(hidden, self.weight)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), labels.view(-1))
+        logits = logits.view(-1, logits.shape[-1])
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.view(-1))
 
 
 class SwiGLU(nn.Module):
@@ -58,6 +80,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -66,32 +89,48 @@ def head(tokens: int = 4096, hidden: int = 512, vocab: int = 32000, batch: int =
     x = torch.randn(batch, tokens // batch, hidden, dtype=common["dtype"], device=common["device"], requires_grad=True)
     labels = torch.randint(0, vocab, (batch, tokens // batch), device=common["device"])
     labels[:, ::7] = -100
-    return Work(Head(hidden, vocab).to(common["device"], common["dtype"]), {"hidden": x, "labels": labels}, lambda o: o)
+    with torch.device(common["device"]):
+        module = Head(hidden, vocab).to(common["dtype"])
+    return Work("head", module, {"hidden": x, "labels": labels}, lambda o: o, tokens)
 
 
 def mlp(tokens: int = 8192, hidden: int = 1024, intermediate: int = 3584, **common: Any) -> Work:
     """One SwiGLU block over T tokens."""
     x = torch.randn(1, tokens, hidden, dtype=common["dtype"], device=common["device"], requires_grad=True)
     grad = torch.randn_like(x, requires_grad=False)
-    return Work(SwiGLU(hidden, intermediate).to(common["device"], common["dtype"]), {"x": x}, lambda o: o, grad)
+    module = SwiGLU(hidden, intermediate).to(common["device"], common["dtype"])
+    return Work("mlp", module, {"x": x}, lambda o: o, tokens, grad)
 
 
 def llama(
     seq_len: int = 4096, layers: int = 4, hidden: int = 512, intermediate: int = 1792, vocab: int = 32000,
-    heads: int = 8, kv_heads: int = 2, checkpointing: bool = False, **common: Any,
+    heads: int = 8, kv_heads: int = 2, batch: int = 1, checkpointing: bool = False, adamw: bool = False, **common: Any,
 ) -> Work:  # fmt: skip
-    """HF ``LlamaForCausalLM`` with random weights and tokens."""
+    """HF ``LlamaForCausalLM`` with random weights and tokens; ``adamw`` adds an optimizer's step."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=2**17, use_cache=False,
+        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=2**20, use_cache=False,
+        torch_dtype=common["dtype"],
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(common["device"], common["dtype"]).train()
+    with torch.device(common["device"]):
+        model = LlamaForCausalLM(config).to(common["dtype"]).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    ids = torch.randint(0, vocab, (1, seq_len), device=common["device"])
-    return Work(model, {"input_ids": ids, "labels": ids}, lambda o: o.loss)
+    ids = torch.randint(0, vocab, (batch, seq_len), device=common["device"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if adamw else None
+    return Work("llama", model, {"input_ids": ids, "labels": ids}, lambda o: o.loss, batch * seq_len, None, optimizer)
 
 
 WORKS: dict[str, Callable[..., Work]] = {"head": head, "mlp": mlp, "llama": llama}
+
+LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "vocab": 128256, "layers": 32, "heads": 32, "kv_heads": 8}
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "llama3-8b": {
+        "head": {"tokens": 8192, "hidden": 4096, "vocab": 128256},
+        "mlp": {"tokens": 65536, "hidden": 4096, "intermediate": 14336},
+        "llama": {**LLAMA3_8B, "seq_len": 8192},
+    }
+}
+"""Shapes of a model by the name ``--model`` gives it, per work."""

@@ -1,0 +1,188 @@
+"""One command for each question a GPU is needed for: checks, measures, prints one table, in under ten minutes.
+
+    python -m benchmarks.gpu head | mlp | model | longest        # Llama-3-8B's shapes, bf16, random weights
+    python -m benchmarks.gpu longest --tiny --device cpu         # the same path on small shapes, to try it
+
+``head``, ``mlp`` and ``model`` first compare the gradients of a smaller work with fp64, then ask ``mst-fx bench``.
+``longest`` looks for the longest sequence that trains in 80 GB (or ``--gigabytes``; 0 for the whole card) with
+checkpointing and AdamW stepped inside the backward: S doubles until a step fails, then the gap is halved twice.
+Rows are saved as ``benchmarks/results/gpu-QUESTION.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mst_fx.bench.cell import device_name, timed_step, versions
+from mst_fx.bench.questions import Cell, Question, ask, run_cell, save_rows
+from mst_fx.bench.systems import SYSTEMS
+from mst_fx.bench.tables import summary, table
+from mst_fx.bench.works import LLAMA3_8B, WORKS
+
+RESULTS = Path(__file__).parent / "results"
+MINUTES = 8.0
+TINY: dict[str, dict[str, Any]] = {
+    "head": {"tokens": 512, "hidden": 64, "vocab": 2000},
+    "mlp": {"tokens": 512, "hidden": 64, "intermediate": 224},
+    "model": {"seq_len": 256, "layers": 2, "hidden": 64, "intermediate": 224, "vocab": 1000, "heads": 4, "kv_heads": 2},
+}
+CHECKED: dict[str, dict[str, Any]] = {
+    "head": {"tokens": 3001, "hidden": 1024, "vocab": 16000},
+    "mlp": {"tokens": 6001, "hidden": 1024, "intermediate": 3584},
+    "model": {"seq_len": 1501, "layers": 2, "hidden": 512, "intermediate": 1792, "vocab": 8000},
+}
+
+
+def main() -> int:
+    """Run what was asked for; 1 if a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=["head", "mlp", "model", "longest"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
+    parser.add_argument("--gigabytes", type=float, default=80.0)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--trial", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("no CUDA device here; --tiny --device cpu tries the script\n")
+        return 2
+    if args.trial:
+        system, length = args.trial.split(":")
+        sys.stdout.write(json.dumps(trial(args, system, int(length))) + "\n")
+        return 0
+    return longest(args) if args.question == "longest" else measure(args)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Check the gradients on a smaller work, then measure every system."""
+    name, console = args.question, Console(width=130)
+    checked = _check(args)
+    shapes = TINY[name] if args.tiny else {}
+    systems = ("inductor", "mst") if name == "model" else ()
+    options = {"chunk_tokens": 128} if args.tiny else {}
+    question = Question(name, args.device, "bfloat16", None if args.tiny else "llama3-8b", systems, shapes, options,
+                        minutes=args.minutes)  # fmt: skip
+    rows = ask(question, lambda label, i, n: sys.stderr.write(f"{i} of {n}: {label}\n"))
+    save_rows(RESULTS / f"gpu-{name}{'-tiny' if args.tiny else ''}.json", question, rows)
+    header, lines = table(question, rows)
+    shown = Table(*header, title=summary(question, rows))
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)
+    console.print(checked[1])
+    return 0 if checked[0] else 1
+
+
+def _check(args: argparse.Namespace) -> tuple[bool, str]:
+    """Compare the gradients' errors against fp64: ours at most 1.02 of plain Inductor's, or 1.12 on a CPU."""
+    name = args.question
+    shapes = TINY[name] if args.tiny else CHECKED[name]
+    question = Question(name, args.device, "bfloat16", options={"chunk_tokens": 128 if args.tiny else 512}, steps=1)
+    errors = {}
+    for system in ("inductor", "mst"):
+        row = run_cell(
+            question, Cell(system, shapes), os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp/mst-gpu"), "--error"
+        )
+        if "reason" in row:
+            return False, f"check: {system} failed: {row['reason']}"
+        errors[system] = row["gradient_error"]
+    ratio = errors["mst"] / errors["inductor"]
+    good = ratio <= (1.12 if args.device == "cpu" else 1.02)
+    return good, f"check: error against fp64 {errors['mst']:.2e}, Inductor {errors['inductor']:.2e}: {ratio:.3f}" + (
+        "" if good else " FAILED"
+    )
+
+
+# -- the longest sequence ----------------------------------------------------------------------------
+
+
+def longest(args: argparse.Namespace) -> int:
+    """Find the longest sequence of each system."""
+    rows: list[dict[str, Any]] = []
+    systems = ("mst", "inductor")
+    for i, system in enumerate(systems):
+        until = time.monotonic() + 60 * args.minutes * (0.7 if i == 0 else 0.3)
+        good, bad, length = 0, 0, 256 if args.tiny else 16384
+        halvings = 0
+        while time.monotonic() < until and halvings < 3:
+            row = _trial_apart(args, system, length)
+            told = row.get("reason") or f"{row['step_s']:.1f} s"
+            sys.stderr.write(f"{system} at S {length}: {told}\n")
+            rows.append(row)
+            good, bad = (good, length) if "reason" in row else (length, bad)
+            halvings += bool(bad)
+            length = 2 * length if not bad else (good + bad) // 2 // 256 * 256
+            if length in (good, 0) or (args.tiny and length > 1024):
+                break
+    shown = Table("system", "longest S that trained", "shortest that did not", "s a step there", "peak GB")
+    for system in systems:
+        own = [r for r in rows if r["system"] == system]
+        fits = max((r for r in own if "reason" not in r), key=lambda r: r["seq_len"], default=None)
+        fails = min((r["seq_len"] for r in own if "reason" in r), default=None)
+        cells = (
+            ("none", "", "")
+            if fits is None
+            else (str(fits["seq_len"]), f"{fits['step_s']:.1f}", f"{fits['peak_gb']:.1f}")
+        )
+        shown.add_row(system, cells[0], "not reached" if fails is None else str(fails), *cells[1:])
+    path = RESULTS / f"gpu-longest{'-tiny' if args.tiny else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"gigabytes": args.gigabytes, "rows": rows}, indent=1) + "\n")
+    Console(width=130).print(shown)
+    return 0
+
+
+def _trial_apart(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
+    tiny = ["--tiny"] if args.tiny else []
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "longest", "--device", args.device, *tiny,
+               "--gigabytes", str(args.gigabytes), "--trial", f"{system}:{length}"]  # fmt: skip
+    env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        reason = (
+            "out of memory" if "out of memory" in done.stderr.lower() else done.stderr.strip().splitlines()[-1][:200]
+        )
+        return {"system": system, "seq_len": length, "reason": reason}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
+    """Run two training steps at one length; AdamW steps each weight as soon as its gradient is there."""
+    cuda = args.device == "cuda"
+    if cuda and args.gigabytes:
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, args.gigabytes * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        )
+    torch.manual_seed(0)
+    shapes = {**TINY["model"]} if args.tiny else {**LLAMA3_8B}
+    shapes |= {"seq_len": length, "checkpointing": True}
+    work = WORKS["llama"](**shapes, dtype=torch.bfloat16, device=args.device)
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-5, foreach=False) for p in work.module.parameters()}
+
+    def step_now(parameter: torch.Tensor) -> None:
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step_now)
+    fn = SYSTEMS[system](work, {"chunk_tokens": 128} if args.tiny else {})
+    first, step = (timed_step(work, fn, args.device) for _ in range(2))
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return {"system": system, "seq_len": length, "first_s": first, "step_s": step, "tokens_per_s": length / step,
+            "peak_gb": peak / 1e9, "reserved_gb": (torch.cuda.max_memory_reserved() if cuda else 0) / 1e9,
+            "shapes": shapes, "device": device_name(args.device), "versions": versions()}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The arguments and the output of ``mst-fx bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mst_fx.bench.questions import LENGTHS, WORK_OF, Question, ask, load_rows, plan, save_rows
+from mst_fx.bench.systems import SYSTEMS
+from mst_fx.bench.tables import markdown, plot, summary, table
+from mst_fx.bench.works import SHAPES
+from mst_fx.models import DTYPES, UsageError, parse_pairs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("question", choices=WORK_OF, help="what is compared")
+    parser.add_argument("--model", choices=SHAPES, help="shapes of a model; sizes given with --set win")
+    parser.add_argument("--systems", help=f"comma-separated, all that fit by default; of {', '.join(SYSTEMS)}")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--set", action="append", default=[], metavar="SIZE=N", help="e.g. tokens=4096, layers=8")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of mst, e.g. chunk_tokens=512"
+    )
+    parser.add_argument("--lengths", help=f"for length: S, comma-separated ({','.join(map(str, LENGTHS['cpu']))})")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per cell (3)")
+    parser.add_argument("--rounds", type=int, default=1, help="times every cell is run, the systems by turns (1)")
+    parser.add_argument("--minutes", type=float, help="start no cell after this long")
+    parser.add_argument("--out", metavar="FILE", help="save the rows as JSON")
+    parser.add_argument("--rows", metavar="FILE", help="run nothing; show the rows saved there")
+    parser.add_argument("--plot", metavar="FILE", help="draw a PNG")
+    parser.add_argument("--format", choices=["table", "markdown"], default="table")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Carry out the command.
+
+    Raises:
+        UsageError: On a mistake in the command line.
+    """
+    if args.rows:
+        question, rows = load_rows(Path(args.rows))
+        if question.name != args.question:
+            raise UsageError(f"{args.rows} answers {question.name!r}, not {args.question!r}")
+    else:
+        question = read_question(args)
+        plan(question)  # mistakes are told before anything runs
+        rows = _ask(question)
+        if args.out:
+            save_rows(Path(args.out), question, rows)
+    if args.plot:
+        try:
+            plot(question, rows, Path(args.plot))
+        except ImportError as e:
+            raise UsageError(f"{e}; install the extra: pip install 'mst_fx[demo]'") from e
+    header, lines = table(question, rows)
+    if args.format == "markdown":
+        sys.stdout.write(f"{summary(question, rows)}\n\n{markdown(header, lines)}\n")
+    else:
+        _print(summary(question, rows), header, lines)
+    return 0 if any("reason" not in r for r in rows) else 1
+
+
+def read_question(args: argparse.Namespace) -> Question:
+    """Return what the command line asks, defaults filled in."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = tuple(int(n) for n in args.lengths.split(",")) if args.lengths else ()
+    return Question(
+        args.question, device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"), args.model,
+        tuple(args.systems.split(",")) if args.systems else (), parse_pairs(args.set), parse_pairs(args.option),
+        lengths, args.steps, args.rounds, args.minutes,
+    )  # fmt: skip
+
+
+def _ask(question: Question) -> list[dict[str, Any]]:
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        return ask(question, lambda label, i, n: _line(f"mst-fx bench: {i + 1} of {n}, {label}") if i < n else None)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(question.name, total=None)
+
+        def show(label: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{question.name}: {label}", completed=done, total=total)
+
+        return ask(question, show)
+
+
+def _line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _print(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
+    """Print columns; a reason runs over the empty columns after it."""
+    widths = [max([len(h), *(len(line[i]) for line in lines if any(line[i + 1 :]))]) for i, h in enumerate(header)]
+    sys.stdout.write(f"{title}\n")
+    for line in (header, *lines):
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        sys.stdout.write(f"  {text.rstrip()}\n")

@@ -1,0 +1,186 @@
+"""Asks a question: plans its cells, runs each in a process of its own by turns, keeps the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mst_fx.bench.systems import SYSTEMS
+from mst_fx.bench.works import SHAPES
+from mst_fx.config import did_you_mean
+from mst_fx.measure import MALLOC_ENV, prepare_compiler
+from mst_fx.models import UsageError
+
+Row = dict[str, Any]
+
+WORK_OF = {"head": "head", "mlp": "mlp", "model": "llama", "length": "llama", "compile": "llama"}
+"""Question -> work."""
+SYSTEMS_OF = {
+    "head": [s for s in SYSTEMS if s not in ("inductor+checkpoint", "chunk checkpoint")],
+    "mlp": [s for s in SYSTEMS if s not in ("F.linear_cross_entropy", "cut-cross-entropy")],
+    "model": ["eager", "inductor", "auto_chunker", "liger", "mst"],
+    "length": ["inductor", "mst"],
+    "compile": ["inductor", "mst"],
+}
+LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16384, 32768, 65536, 131072)}
+CPU_PARAMETERS = 10**9
+"""More parameters than this are not trained on a CPU by mistake."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What the command line asks. None stands for "not given"."""
+
+    name: str
+    device: str
+    dtype: str
+    model: str | None = None
+    systems: tuple[str, ...] = ()
+    shapes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    steps: int = 3
+    rounds: int = 1
+    minutes: float | None = None
+    """Start no cell after this many minutes; cells not started are rows that say so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of one system."""
+
+    system: str
+    shapes: dict[str, Any]
+    caches: str = "cold"
+    """For ``compile``: "cold", or "warm" to run on the caches of the cell before."""
+
+
+def plan(question: Question) -> list[Cell]:
+    """List the cells in the order in which they run: systems by turns.
+
+    Raises:
+        UsageError: If a name is not known, or the model is too large for the device.
+    """
+    unknown = [s for s in question.systems if s not in SYSTEMS]
+    if unknown:
+        raise UsageError(
+            f"unknown system {unknown[0]!r}.{did_you_mean(unknown[0], SYSTEMS)} Known: {', '.join(SYSTEMS)}"
+        )
+    systems = question.systems or tuple(SYSTEMS_OF[question.name])
+    shapes = dict(question.shapes)
+    if question.model is not None:
+        if question.model not in SHAPES:
+            raise UsageError(f"unknown model {question.model!r}; known: {', '.join(SHAPES)}")
+        shapes = {**SHAPES[question.model][WORK_OF[question.name]], **shapes}
+    _check_size(question, shapes)
+    if question.name == "model":
+        shapes = {"adamw": True, **shapes}
+        variants = [{}, {"checkpointing": True}] if "checkpointing" not in shapes else [{}]
+    elif question.name == "length":
+        shapes = {"checkpointing": True, **shapes}
+        variants = [{"seq_len": n} for n in question.lengths or LENGTHS[question.device.split(":")[0]]]
+    elif question.name == "compile":
+        return [
+            Cell(s, {"layers": 8, "seq_len": 1024, **shapes}, caches)
+            for _ in range(question.rounds) for s in systems for caches in ("cold", "warm")
+        ]  # fmt: skip
+    else:
+        variants = [{}]
+    return [Cell(s, {**shapes, **v}) for _ in range(question.rounds) for v in variants for s in systems]
+
+
+def _check_size(question: Question, shapes: dict[str, Any]) -> None:
+    if question.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here; leave out --device, or run it on a machine that has one")
+    hidden, layers = shapes.get("hidden", 512), shapes.get("layers", 4)
+    count = 2 * shapes.get("vocab", 32000) * hidden
+    shared = shapes.get("kv_heads", 2) / shapes.get("heads", 8)
+    count += int(layers * hidden * (3 * shapes.get("intermediate", 1792) + 2 * hidden * (1 + shared)))
+    if WORK_OF[question.name] == "llama" and question.device == "cpu" and count > CPU_PARAMETERS:
+        raise UsageError(
+            f"{count / 1e9:.1f} billion parameters are too many for a CPU; run it on a CUDA device, or make it small: "
+            "--set hidden=512 --set intermediate=1792 --set layers=4 --set heads=8 --set kv_heads=2 --set vocab=32000 "
+            "--set seq_len=1024"
+        )
+
+
+def ask(question: Question, progress: Callable[[str, int, int], None] | None = None) -> list[Row]:
+    """Run every cell in a process of its own and return the rows.
+
+    Args:
+        question: What to run.
+        progress: Called with what runs now, cells done, cells in all.
+    """
+    cells, rows = plan(question), []
+    prepare_compiler(dict(os.environ))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as root:
+        folder = root
+        for i, cell in enumerate(cells):
+            label = ", ".join(
+                [cell.system, *(f"{k} {v}" for k, v in cell.shapes.items() if k in ("seq_len", "checkpointing"))]
+            )
+            if progress is not None:
+                progress(label, i, len(cells))
+            if question.minutes is not None and time.monotonic() - started > 60 * question.minutes:
+                rows.append({**_blank(question, cell), "reason": f"not started within {question.minutes:g} minutes"})
+                continue
+            if cell.caches == "cold":
+                folder = tempfile.mkdtemp(dir=root)
+            rows.append(run_cell(question, cell, folder))
+        if progress is not None:
+            progress("done", len(cells), len(cells))
+    return rows
+
+
+def _blank(question: Question, cell: Cell) -> Row:
+    return {
+        "work": WORK_OF[question.name], "system": cell.system, "shapes": cell.shapes, "options": question.options,
+        "dtype": question.dtype, "caches": cell.caches,
+    }  # fmt: skip
+
+
+def run_cell(question: Question, cell: Cell, caches: str, *extra: str) -> Row:
+    """Run one cell in a process of its own; one that dies is a row with the reason."""
+    pairs = [("--set", cell.shapes), ("--option", question.options if cell.system.startswith(("mst", "chunk")) else {})]
+    given = [a for flag, values in pairs for k, v in values.items() for a in (flag, f"{k}={json.dumps(v)}")]
+    command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.cell", WORK_OF[question.name],
+               "--system", cell.system, "--dtype", question.dtype, "--device", question.device,
+               "--steps", str(question.steps), *given, *extra]  # fmt: skip
+    environment = {**os.environ, **MALLOC_ENV, "TORCHINDUCTOR_CACHE_DIR": caches}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+        killed = "killed by the system: out of memory" if done.returncode == -9 else last
+        return {**_blank(question, cell), "reason": killed[:300]}
+    return {**json.loads(done.stdout.splitlines()[-1]), "caches": cell.caches}
+
+
+def save_rows(path: Path, question: Question, rows: list[Row]) -> None:
+    """Write rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"question": dataclasses.asdict(question), "rows": rows}, indent=1) + "\n")
+
+
+def load_rows(path: Path) -> tuple[Question, list[Row]]:
+    """Read what ``save_rows`` wrote.
+
+    Raises:
+        UsageError: If the file is not there or not such a file.
+    """
+    try:
+        found = json.loads(path.read_text())
+        question = {k: tuple(v) if isinstance(v, list) else v for k, v in found["question"].items()}
+        return Question(**question), found["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{path} holds no rows of `mst-fx bench`: {e}") from e

@@ -1,0 +1,118 @@
+"""`mst-fx bench` on tiny shapes: real cells, rows with reasons, tables and plots from saved rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mst_fx.bench.questions import Question, load_rows, plan, save_rows
+from mst_fx.bench.systems import SYSTEMS, UnavailableError
+from mst_fx.bench.tables import markdown, plot, summary, table
+from mst_fx.bench.works import WORKS, head, mlp
+from mst_fx.cli import main
+from mst_fx.models import UsageError
+
+CPU = {"dtype": torch.float32, "device": "cpu"}
+TINY: dict[str, Any] = {
+    "head": {"tokens": 40, "hidden": 16, "vocab": 96},
+    "mlp": {"tokens": 40, "hidden": 16, "intermediate": 48},
+}
+COMPILED = ("inductor", "inductor+checkpoint", "auto_chunker", "cut-cross-entropy", "mst", "mst parameter")
+
+
+@pytest.mark.parametrize("work", TINY)
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if s not in COMPILED])
+def test_every_eager_system_does_the_same_work(work: str, system: str) -> None:
+    made = WORKS[work](**TINY[work], **CPU)
+    try:
+        fn = SYSTEMS[system](made, {"chunk_tokens": 16})
+    except UnavailableError:
+        assert system == "liger" or (work, system) in {("mlp", "F.linear_cross_entropy"), ("head", "chunk checkpoint")}
+        return
+    made.step(fn)
+    found = {n: g.clone() for n, g in made.gradients().items()}
+    made.clear()
+    made.step(made.module)
+    for name, gradient in made.gradients().items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_what_cannot_run_says_why() -> None:
+    with pytest.raises(UnavailableError, match="needs a GPU"):
+        SYSTEMS["liger"](head(**TINY["head"], **CPU), {})
+    with pytest.raises(UnavailableError, match="never an MLP"):
+        SYSTEMS["auto_chunker"](mlp(**TINY["mlp"], **CPU), {})
+    with pytest.raises(UnavailableError, match="does the head alone"):
+        SYSTEMS["cut-cross-entropy"](mlp(**TINY["mlp"], **CPU), {})
+
+
+def test_systems_take_turns_and_rounds_repeat() -> None:
+    cells = plan(Question("head", "cpu", "float32", systems=("eager", "mst"), rounds=2))
+    assert [c.system for c in cells] == ["eager", "mst", "eager", "mst"]
+    cells = plan(Question("compile", "cpu", "float32"))
+    assert [(c.system, c.caches) for c in cells[:2]] == [("inductor", "cold"), ("inductor", "warm")]
+
+
+def test_mistakes_are_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "model", "--model", "llama3-8b", "--device", "cpu"]) == 2
+    assert "8.0 billion parameters are too many for a CPU" in capsys.readouterr().err
+    assert main(["bench", "head", "--systems", "indoctor", "--device", "cpu"]) == 2
+    assert "Did you mean 'inductor'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no CUDA device"):
+            plan(Question("head", "cuda", "bfloat16"))
+    assert main(["bench", "head", "--rows", "/nowhere.json"]) == 2
+    assert "holds no rows" in capsys.readouterr().err
+
+
+def row(system: str, **values: Any) -> dict[str, Any]:
+    shapes = values.pop("shapes", {})
+    good = {"first_s": 2.0, "step_s": 1.0, "steps_s": [1.0], "peak_bytes": 2**20, "tokens_per_s": 10.0}
+    values = values if "reason" in values else {**good, **values}
+    named = {"work": "llama", "system": system, "shapes": shapes, "options": {}, "dtype": "float32"}
+    return {**named, "device": "a CPU", "versions": {"torch": "2"}, "caches": "cold", **values}
+
+
+def test_tables_and_plots_come_from_saved_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row("inductor"), row("mst", step_s=3.0), row("mst", step_s=0.5), row("liger", reason="needs a GPU")]
+    path = tmp_path / "rows.json"
+    save_rows(path, Question("head", "cpu", "float32"), rows)
+    question, found = load_rows(path)
+    assert (question, found) == (Question("head", "cpu", "float32"), rows)
+    header, lines = table(question, found)
+    assert lines[1][:3] == ("mst", "1.750", "1.75")
+    assert lines[2][:2] == ("liger", "needs a GPU")
+    assert markdown(header, lines).count("\n") == 4
+    assert main(["bench", "head", "--rows", str(path), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert "needs a GPU" in capsys.readouterr().out
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["bench", "mlp", "--rows", str(path)]) == 2
+
+
+def test_lengths_and_compile_tables(tmp_path: Path) -> None:
+    rows = [row("mst", shapes={"seq_len": n}, peak_bytes=n * 1000) for n in (1024, 2048)]
+    _, lines = table(Question("length", "cpu", "float32"), rows)
+    assert lines[1] == ("mst", "2048", "2", "1000", "1.00")
+    plot(Question("length", "cpu", "float32"), rows, tmp_path / "length.png")
+    rows = [row(s, caches=c, first_s=t) for s, t in (("inductor", 4.0), ("mst", 2.0)) for c in ("cold", "warm")]
+    _, lines = table(Question("compile", "cpu", "float32"), rows)
+    assert lines[1] == ("mst", "2.0", "0.50", "2.0", "0.50")
+    assert "a CPU" in summary(Question("compile", "cpu", "float32"), rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", ["head", "mlp", "model", "length"])
+def test_the_command_measures(question: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"model": {"seq_len": 64, "checkpointing": "true"}}.get(question, {})
+    sizes = {**TINY.get(question, {"layers": 1, "hidden": 32, "intermediate": 64, "vocab": 128}), **small}
+    given = [a for k, v in sizes.items() for a in ("--set", f"{k}={v}")]
+    arguments = ["--device", "cpu", "--steps", "1", "--option", "chunk_tokens=16", "--out", str(tmp_path / "rows.json")]
+    if question == "length":
+        arguments += ["--lengths", "64,128"]
+    assert main(["bench", question, *given, *arguments]) == 0
+    capsys.readouterr()
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {r["system"] for r in rows if "reason" not in r} >= {"inductor", "mst"}
+    assert all(r["reason"] for r in rows if "step_s" not in r)
