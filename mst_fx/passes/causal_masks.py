@@ -8,6 +8,7 @@ guessed from. A mask proved to let every query see every key is dropped.
 
 Memory: ``S * S`` booleans, and what kernels without a flag for them make of it (fp32 on a CPU, the dtype of the
 queries padded to 16 bytes on a GPU). Half of the attention's work goes too: the kernel skips what is masked.
+What made the mask stays as dead code, which AOTAutograd drops: a checkpointed block still takes it as an argument.
 Not handled: windows, padding, masks that are added.
 """
 
@@ -20,7 +21,6 @@ from mst_fx.chunking import Context, Graph
 from mst_fx.graph import fake_tensor, mutated_storages
 from mst_fx.masks import read_mask
 from mst_fx.report import RegionReport
-from mst_fx.rewrite import erase_dead
 from mst_fx.rows import same_size
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -37,7 +37,6 @@ def causal_masks(graph: Graph, context: Context) -> list[RegionReport]:
             continue
         rewrite_mask(node, causal=kind == "causal")
         context.masks += 1
-        erase_dead(graph.module.graph, _behind(mask))
     return []
 
 
@@ -76,15 +75,3 @@ def _mutated(graph: Graph, context: Context) -> set[int]:
             context.mutated[module] = set().union(*(mutated_storages(n) for n in module.graph.nodes))
         found |= context.mutated[module]
     return found
-
-
-def _behind(mask: fx.Node) -> list[fx.Node]:
-    """Return the nodes a mask is computed from in its own graph, in order; placeholders are not among them."""
-    found: set[fx.Node] = set()
-    stack = [mask]
-    while stack:
-        node = stack.pop()
-        if node.op != "placeholder" and node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return [n for n in mask.graph.nodes if n in found]
