@@ -93,7 +93,7 @@ def count_gathers(step: Any) -> int:
     """Run a step and count the all-gathers this rank took part in."""
     with torch.profiler.profile() as profile:
         step()
-    names = collections.Counter(event.name for event in profile.events())
+    names = collections.Counter(event.name for event in profile.events() or ())
     return sum(number for name, number in names.items() if name.startswith("c10d::") and "gather" in name)
 
 
