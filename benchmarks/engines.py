@@ -61,7 +61,7 @@ def wrap(engine: str, model: Any, world: int, compile_with: dict[str, Any], devi
             parallelize_module(layer.mlp, mesh, plan)
         model.compile(**compile_with)
         return model, torch.Tensor.backward
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
     if engine == "zero3":
@@ -79,7 +79,7 @@ def gradients(engine: str, model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, p in model.named_parameters():
         if engine.startswith("zero"):
-            from deepspeed.utils import safe_get_full_grad
+            from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
 
             grad = safe_get_full_grad(p)
         else:
