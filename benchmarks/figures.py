@@ -268,10 +268,14 @@ def lines() -> list[tuple[str, str, str, str, str]]:
 
 def write_readme() -> None:
     """Put the table between the README's markers."""
-    readme = Path(__file__).parent.parent / "README.md"
-    start, end = "<!-- figures -->", "<!-- end of figures -->"
     table = ["| work | what | against | ratio | asked |", "| --- | --- | --- | --- | --- |"]
-    table += [f"| {' | '.join(line)} |" for line in lines()]
+    replace_table("figures", [*table, *(f"| {' | '.join(line)} |" for line in lines())])
+
+
+def replace_table(name: str, table: list[str]) -> None:
+    """Put a table between the markers that the README has for it."""
+    readme = Path(__file__).parent.parent / "README.md"
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = readme.read_text().split(start)
     readme.write_text(f"{before}{start}\n" + "\n".join(table) + f"\n{end}{rest.split(end)[1]}")
 

@@ -210,7 +210,7 @@ def _peel(body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int
 
 def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[list[fx.Node], Any, Any]]:
     """Write a weight's gradient as a sum of terms: peeled products where possible, else partial sums."""
-    start, outer = node, list(chain)
+    outer = list(chain)
     while node.target in _LAYOUT and not _has_rows(node.args[0]):
         outer.append(node)
         node = node.args[0]  # pyright: ignore
@@ -227,7 +227,8 @@ def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[l
             wide = graph.call_function(node.target, node.args, {**node.kwargs, "dtype": torch.float32})
         wide.meta["val"] = node.meta["val"].float()
         return [([wide], node.meta["val"].shape, _layout(outer, node))]
-    return [([start], start.meta["val"].shape, _layout(list(chain), start))]
+    # Layout and casts are put on the sum once: a cast on every chunk's part would round each.
+    return [([node], node.meta["val"].shape, _layout(outer, node))]
 
 
 def _has_rows(node: Any) -> bool:

@@ -105,12 +105,12 @@ def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
     tokens = size_hint(lifted.tokens) if lifted is not None else 0
     if not tokens and first is not None:
         tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
+    given = {(v.untyped_storage()._cdata, str(v.shape)) for t in region.terminals for v in _tensors(fake(t))}
     for node in region.nodes:
-        if node in region.terminals:
-            continue
         for value in _tensors(fake(node)):
-            numel = size_hint(value.numel())
-            seen[value.untyped_storage()._cdata] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
+            numel, storage = size_hint(value.numel()), value.untyped_storage()._cdata
+            if (storage, str(value.shape)) not in given:
+                seen[storage] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
     return sum(seen.values()) + region.row_bytes
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.inductor import symbolic_sizes
+
 _PROMISE = str(pathlib.Path(__file__).with_name("promise.py"))
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 OWN_BACKWARD = torch.ops.higher_order.autograd_function_apply
@@ -47,6 +49,21 @@ def needs_grad(node: Any) -> bool:
 def node_name(node: fx.Node) -> str:
     """Return the plain name of what a node calls: "sum" for ``x.sum()`` and ``torch.sum(x)`` alike."""
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def run_on_fakes(node: fx.Node, fake_mode: Any) -> Any:
+    """Run one node on the fake values of its inputs; what replaces a value without gradient has none either."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
+    with fake_mode, torch.enable_grad(), torch.inference_mode(False), symbolic_sizes():
+        value: Any = (
+            getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "call_method"
+            else node.target(*args, **kwargs)  # pyright: ignore
+        )
+        old = node.meta.get("mst_replaces")
+        if isinstance(old, torch.Tensor) and not old.requires_grad and isinstance(value, torch.Tensor):
+            value = value.detach()
+    return value
 
 
 def source_of(node: fx.Node) -> str:
@@ -233,11 +250,14 @@ _LAYOUT_METHODS = {
 
 def layout_root(node: Any) -> Any:
     """Follow views, transposes and casts back to the value they show."""
-    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
-        name = node_name(node)
-        if name == "getattr" and node.args[1] in ("T", "mT"):
-            name = "T"
-        if name not in _LAYOUT_METHODS:
-            return node
+    while isinstance(node, fx.Node) and is_layout(node):
         node = node.args[0]
     return node
+
+
+def is_layout(node: fx.Node) -> bool:
+    """Whether a node is a view, a transpose or a cast of its first argument."""
+    if node.op not in ("call_method", "call_function") or not node.args:
+        return False
+    name = node_name(node)
+    return name in _LAYOUT_METHODS or (name == "getattr" and node.args[1] in ("T", "mT"))

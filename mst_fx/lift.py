@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.graph import fake_tensor, needs_grad, walking
+from mst_fx.graph import fake, fake_tensor, is_in_place, is_layout, is_parameter_like, needs_grad, walking
 from mst_fx.losses import Total, per_token, read_total
+from mst_fx.projections import read_projection
 from mst_fx.recorder import run_node
-from mst_fx.region import Region, bind_results, projection_input
+from mst_fx.region import Region, bind_results
 from mst_fx.report import Mismatch
 from mst_fx.rows import LiveIn, MixesTokensError, Row, RowBuilder, aten, concrete, feature_shape, numel, same_size
 
@@ -97,17 +98,64 @@ class Lifter:
             MixesTokensError: If a node is not token-wise after all.
         """
         members = set(self.region.nodes)
+        projections = (read_projection(n, self.region.outer) for n in members)
+        weights = {p.weight for p in projections if p is not None} - members
+        absorbed = {n for w in weights for n in self._dequantisation(w)}
+        self.region.absorbed = [n for n in self.region.module.graph.nodes if n in absorbed]
         with walking(self.region.module) as nodes:
             for node in nodes:
-                if node in members:
+                if node in absorbed:
+                    self._absorb(node, absorbed)
+                elif node in members:
                     self.record_node(node, members)
 
-    def record_node(self, node: fx.Node, members: set[fx.Node]) -> Row | None:
-        """Record one node; returns the row form of its (first) result."""
+    def _dequantisation(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that compute a frozen weight from something smaller; none for any other value."""
+        value = fake_tensor(node)
+        if value is None or value.requires_grad or not value.is_floating_point():
+            return []
+        if node.op in ("placeholder", "get_attr") or not is_parameter_like(node, self.region.outer):
+            return []
+        chain: list[fx.Node] = []
+        roots: dict[int, int] = {}
+        stack = [node]
+        while stack and len(chain) < 64:
+            current = stack.pop()
+            known = fake_tensor(current)
+            if current in chain:
+                continue
+            if current.op in ("placeholder", "get_attr"):
+                if known is None or known.requires_grad:
+                    return []
+                roots[id(current)] = known.numel() * known.dtype.itemsize
+                continue
+            if is_in_place(current) or isinstance(current.target, torch._ops.HigherOrderOperator):
+                return []
+            chain.append(current)
+            stack += current.all_input_nodes
+        smaller = roots and not stack and sum(roots.values()) <= 0.75 * value.numel() * value.dtype.itemsize
+        return chain if smaller and not all(is_layout(n) for n in chain) else []
+
+    def _absorb(self, node: fx.Node, absorbed: set[fx.Node]) -> None:
+        self._note_inputs(node, absorbed)
+        known = set(self.builder.graph.nodes)
+        result, own = run_node(self.builder, node, self.fake_mode), fake(node)
+        pairs = zip(own, result, strict=True) if isinstance(own, (list, tuple)) else [(own, result)]
+        for value, out in pairs:
+            found = self.builder.lookup(out)
+            if found is not None:
+                self.builder.bind(value, found)
+        self.builder.in_loop |= {n for n in self.builder.graph.nodes if n not in known and n.op == "call_function"}
+
+    def _note_inputs(self, node: fx.Node, members: set[fx.Node]) -> None:
         for n in node.all_input_nodes:
             value = fake_tensor(n)
             if n not in members and value is not None:
                 self.outer.setdefault(id(value), n)
+
+    def record_node(self, node: fx.Node, members: set[fx.Node]) -> Row | None:
+        """Record one node; returns the row form of its (first) result."""
+        self._note_inputs(node, members)
         total = read_total(node)
         if total is not None:
             row = per_token(self.builder, total, self.fake_mode)
@@ -116,13 +164,11 @@ class Lifter:
             self.rows[node] = row
             return row
         if node in self.region.amplifiers:
-            pair = projection_input(node)
-            assert pair is not None
-            x = fake_tensor(pair[0])
+            projection = self.region.projections[node]
+            x = fake_tensor(projection.tokens)
             assert x is not None
-            kinds = (True,) * (x.ndim - 1) + (False,)
             previous = self.builder.lookup(x)
-            self.builder.bind(x, self.builder.chunked(x, kinds))
+            self.builder.bind(x, self.builder.chunked(x, projection.kinds))
             result = run_node(self.builder, node, self.fake_mode)
             self.builder.unbind(x, previous)
         else:
@@ -195,7 +241,8 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
         raise MixesTokensError("joins values of different numbers of tokens")
     shared_nodes = [n for n in ordered if inputs[n].live_in.kinds is None]
     by_copy = {copied[n]: inputs[n] for n in ordered}
-    hoisted = _hoistable(graph, [copied[n] for n in shared_nodes]) if hoist else []
+    in_loop = {copied[n] for n in builder.in_loop}
+    hoisted = _hoistable(graph, [copied[n] for n in shared_nodes], in_loop) if hoist else []
     behind = _needed(graph, set(hoisted))
     direct = [n for n in shared_nodes if copied[n] in behind]
     seed = copied.get(builder.seed) if builder.seed is not None else None
@@ -229,12 +276,13 @@ def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def _hoistable(graph: fx.Graph, shared: list[fx.Node]) -> list[fx.Node]:
+def _hoistable(graph: fx.Graph, shared: list[fx.Node], in_loop: set[fx.Node]) -> list[fx.Node]:
     """Return the computations on shared inputs alone that are more than views, the last of each chain."""
     pure: set[fx.Node] = set(shared)
     for node in graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and pure.issuperset(node.all_input_nodes):
-            pure.add(node)
+            if node not in in_loop:
+                pure.add(node)
 
     def reaches_rows(node: fx.Node) -> bool:
         return any(u not in pure or (u.target in _VIEWS and reaches_rows(u)) for u in node.users)

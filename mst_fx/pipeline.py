@@ -22,6 +22,7 @@ from mst_fx.passes.causal_masks import causal_masks
 from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
 from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
+from mst_fx.passes.functionalize import functionalize
 from mst_fx.passes.normalize import normalize
 from mst_fx.region import widens
 from mst_fx.report import GraphPair, RegionReport, Report
@@ -30,6 +31,7 @@ from mst_fx.verify import snapshot, verify
 log = logging.getLogger(__name__)
 
 PASSES: tuple[tuple[str, Callable[[Graph, Context], list[RegionReport]]], ...] = (
+    ("functionalize", functionalize),
     ("causal_masks", causal_masks),
     ("normalize", normalize),
     ("chunk_loss", chunk_loss),

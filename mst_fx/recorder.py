@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx import random
+from mst_fx.custom import CUSTOM, row_function
 from mst_fx.inductor import symbolic_sizes
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten
 from mst_fx.rules import find_rule
@@ -108,6 +109,8 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
     Raises:
         MixesTokensError: If the node is not token-wise.
     """
+    if node.target is CUSTOM:
+        return _run_custom(builder, node, fake_mode)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
     with fake_mode, recording(builder), symbolic_sizes():
@@ -135,3 +138,70 @@ def _dropout(builder: RowBuilder, x: torch.Tensor, p: float = 0.5, training: boo
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {F.dropout: _dropout, torch.dropout: _dropout}
+
+
+# -- autograd functions of the user's own ------------------------------------------------------------
+
+
+def _run_custom(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
+    """Record the forward and the backward graph of a custom autograd function, each in row form of its own."""
+    module = node.graph.owning_module
+    graphs = [getattr(module, str(n.target), None) if isinstance(n, fx.Node) else n for n in node.args[:2]]
+    values = [n.meta["example_value"] if isinstance(n, fx.Node) else n for n in node.args[2:]]
+    rows = [builder.row(v) for v in values if isinstance(v, torch.Tensor)]
+    known = [r for r in rows if r is not None]
+    if not all(isinstance(g, fx.GraphModule) for g in graphs) or len(known) != len(rows):
+        raise MixesTokensError("calls a custom autograd function on more than values of the tokens")
+    if node.kwargs.get("dirty_idx") or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise MixesTokensError("calls a custom autograd function in place or under autocast")
+    forward = _GraphRecorder(fake_mode)
+    results = forward.run(graphs[0], values, [r.kinds for r in known])
+    outs, saved = (tuple(v) if isinstance(v, (list, tuple)) else (v,) for v in results)
+    kept = [v for v in (*outs, *saved) if isinstance(v, torch.Tensor)]
+    kinds = [forward.kinds(v) for v in kept]
+    backward = _GraphRecorder(fake_mode)
+    with fake_mode:
+        tangents = [torch.empty_like(o) for o in outs]
+    gradients = backward.run(graphs[1], [*tangents, *saved], kinds)
+    gradients = gradients if isinstance(gradients, (list, tuple)) else (gradients,)
+    wanted = [g for g, v in zip(gradients, values, strict=True) if isinstance(v, torch.Tensor)]
+    for row, gradient in zip(known, wanted, strict=True):
+        if gradient is not None and backward.kinds(gradient) != row.kinds:
+            raise MixesTokensError("calls a custom autograd function whose gradient mixes tokens")
+    fixed = tuple(node.kwargs.get("non_differentiable_idx") or ())
+    function = row_function(forward.finish(kept), backward.finish(wanted), len(outs), fixed)
+    call = builder.emit(function, *(r.node for r in known))
+    for i, (out, kind) in enumerate(zip(outs, kinds, strict=False)):
+        builder.bind(out, Row(kind, builder.emit(operator.getitem, call, i)))
+    return outs
+
+
+class _GraphRecorder:
+    """Records a whole graph whose inputs are token-wise, or sizes, and which reads nothing else."""
+
+    def __init__(self, fake_mode: Any) -> None:
+        self.builder, self.fake_mode = RowBuilder(), fake_mode
+
+    def run(self, module: Any, values: list[Any], kinds: list[tuple[bool, ...]]) -> Any:
+        tensors = (v for v in values if isinstance(v, torch.Tensor))
+        for i, (value, kind) in enumerate(zip(tensors, kinds, strict=True)):
+            self.builder.bind(value, Row(kind, self.builder.placeholder(f"row_{i}")))
+        with self.fake_mode, recording(self.builder), symbolic_sizes():
+            results = fx.Interpreter(module).run(*values)
+        if self.builder.live_ins or self.builder.seed is not None:
+            raise MixesTokensError("calls a custom autograd function that reads more than its arguments")
+        return results
+
+    def kinds(self, value: Any) -> tuple[bool, ...]:
+        row = self.builder.row(value)
+        if row is None:
+            raise MixesTokensError("calls a custom autograd function with a result that is not one row per token")
+        return row.kinds
+
+    def finish(self, results: Any) -> fx.GraphModule:
+        rows = [None if r is None else self.builder.row(r) for r in results]
+        self.builder.graph.output(tuple(None if r is None else r.node for r in rows))
+        module = fx.GraphModule(torch.nn.Module(), self.builder.graph)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module

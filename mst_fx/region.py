@@ -25,9 +25,10 @@ from torch import fx
 from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, node_name, source_of, walking
 from mst_fx.inductor import is_plain_fake
 from mst_fx.losses import per_token, read_total
+from mst_fx.projections import Projection, contracts_over_tokens, read_projection
 from mst_fx.recorder import run_node
 from mst_fx.report import Mismatch
-from mst_fx.rows import MixesTokensError, Row, RowBuilder, concrete, feature_shape
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, feature_shape
 
 AMPLIFICATION = 1.25
 """Least ratio of output to input features that makes a projection an amplifier."""
@@ -39,14 +40,20 @@ class Region:
 
     module: fx.GraphModule
     in_features: int
+    outer: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """For a checkpointed block, its placeholders -> the caller's values."""
     wide_features: int = 0
     kind: Literal["mlp", "loss"] = "mlp"
     """ "loss" if what comes out are a few numbers per token, or nothing but logits."""
     nodes: list[fx.Node] = field(default_factory=list)
     amplifiers: list[fx.Node] = field(default_factory=list)
+    projections: dict[fx.Node, Projection] = field(default_factory=dict)
+    """How each amplifier reads its input."""
     terminals: list[fx.Node] = field(default_factory=list)
     leaving: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     """(wide value, reader outside) for readers that return the value from the graph."""
+    absorbed: list[fx.Node] = field(default_factory=list)
+    """Dequantisation of weights in front of the region, computed inside the loop once it is lifted."""
     problems: list[Mismatch] = field(default_factory=list)
     source: str = ""
     """Where in the user's code the first amplifier is."""
@@ -71,6 +78,7 @@ class Region:
         self.wide_features = max(self.wide_features, other.wide_features)
         for name in ("nodes", "amplifiers", "terminals", "leaving", "problems"):
             getattr(self, name).extend(getattr(other, name))
+        self.projections |= other.projections
         self.feeds_projection |= other.feeds_projection
 
 
@@ -108,7 +116,7 @@ class Walk:
             region.nodes.sort(key=self.order.__getitem__)
             region.amplifiers.sort(key=self.order.__getitem__)
             region.terminals.sort(key=self.order.__getitem__)
-            scalars = all(read_total(t) or projection_input(t) is None for t in region.terminals)
+            scalars = all(read_total(t) or read_projection(t, self.outer) is None for t in region.terminals)
             region.kind = "loss" if scalars and (region.terminals or region.leaving) else "mlp"
             region.source = source_of(region.amplifiers[0])
         return sorted(self.regions, key=lambda r: self.order[r.amplifiers[0]])
@@ -116,14 +124,14 @@ class Walk:
     def visit(self, node: fx.Node) -> None:
         """Extend regions by one node, or note why they end."""
         inputs = [n for n in node.all_input_nodes if n in self.wide]
-        projected = projection_input(node)
-        if projected is not None and _amplifies(node, projected[0]) and not self._is_weight(projected[0]):
+        projection = read_projection(node, self.outer)
+        if projection is not None and self._amplifies(node, projection):
             for n in inputs:
                 region = self.wide[n]
-                if n is projected[0]:
+                if n is projection.tokens:
                     region.feeds_projection = True
                 region.problems.append(self._leaves(n, node, "is projected to something wider still"))
-            self._start(node, *projected)
+            self._start(node, projection)
             return
         reduced = [n for n in node.all_input_nodes if n in self.narrow]
         if not inputs:
@@ -180,12 +188,19 @@ class Walk:
             needed |= {node, *picks} if several else {node}
         region.nodes = [n for n in region.nodes if n in needed]
 
-    def _start(self, node: fx.Node, x: fx.Node, weight: Any) -> None:
-        value = fake_tensor(x)
+    def _amplifies(self, node: fx.Node, projection: Projection) -> bool:
+        """Whether a projection widens what it is given, and that is no weight itself (a low-rank update of one)."""
+        out = fake_tensor(node)
+        if out is None or not out.is_floating_point() or projection.growth <= AMPLIFICATION:
+            return False
+        return not is_parameter_like(projection.tokens, self.outer)
+
+    def _start(self, node: fx.Node, projection: Projection) -> None:
+        value, kinds = fake_tensor(projection.tokens), projection.kinds
         assert value is not None
-        region = Region(self.module, in_features=_last(value), amplifiers=[node])
-        problem = self._illegal_input(x, weight)
-        kinds = (True,) * (value.ndim - 1) + (False,)
+        region = Region(self.module, _features(value, kinds), self.outer, amplifiers=[node])
+        region.projections[node] = projection
+        problem = self._illegal_input(projection)
         previous, result = self.builder.lookup(value), None
         try:
             if problem is None:
@@ -198,26 +213,26 @@ class Walk:
         finally:
             self.builder.unbind(value, previous)
         self.regions.append(region)
-        region.wide_features = _last(fake(node))
+        region.wide_features = round(region.in_features * projection.growth)
         if problem or result is None:
             region.nodes.append(node)
             region.problems.append(Mismatch(f"{_title(node)}: {problem}", source_of(node)))
             return
         self._settle(region, node, result, amplifier=True)
 
-    def _is_weight(self, x: fx.Node) -> bool:
-        """Whether what is multiplied is itself made of parameters (a low-rank update of a weight)."""
-        return is_parameter_like(x, self.outer)
-
-    def _illegal_input(self, x: fx.Node, weight: Any) -> str | None:
-        if contracts_over_tokens(x):
+    def _illegal_input(self, projection: Projection) -> str | None:
+        x, weight = projection.tokens, projection.weight
+        if contracts_over_tokens(projection, self.outer):
             return "the projection itself mixes tokens: what it sums over was a token dimension before a transpose"
         subclass = next((type(v).__name__ for v in (fake_tensor(x), fake_tensor(weight)) if not is_plain_fake(v)), None)
         if subclass == "Tensor":
             return "it is inside a transform of torch.func (grad, vmap, jvp), which is not supported"
         if subclass is not None:
             return f"a {subclass} is a tensor subclass, which is not supported"
-        if layout_root(weight).op not in ("placeholder", "get_attr") and not is_parameter_like(weight, self.outer):
+        # One matrix may be an input of the graph; one for each of several batches is then as likely keys or values.
+        single = projection.kinds.count(False) == len(projection.contracted)
+        given = single and layout_root(weight).op in ("placeholder", "get_attr")
+        if not given and not is_parameter_like(weight, self.outer):
             return "multiplies two values of the tokens with each other (attention)"
         return None
 
@@ -243,7 +258,7 @@ class Walk:
                 region.problems.append(self._leaves(node, node, "does not keep one row per token"))
             return
         widest = max(_features(value, row.kinds) for value, row in rows)
-        projection = projection_input(node) is not None
+        projection = read_projection(node, self.outer) is not None
         if narrow_only and widest > region.in_features:
             return
         region.nodes.append(node)
@@ -286,71 +301,14 @@ def find_regions(module: fx.GraphModule, fake_mode: Any, outer: dict[fx.Node, fx
     return Walk(module, fake_mode, outer or {}).run()
 
 
-# -- projections -------------------------------------------------------------------------------------
-
-_MATMULS = {torch.matmul, torch.mm, torch.bmm, torch._C._nn.linear, torch.nn.functional.linear}
-
-
-def projection_input(node: fx.Node) -> tuple[fx.Node, Any] | None:
-    """Return (tokens, weight) if a node multiplies something by a matrix: its spellings, one by one."""
-    if node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__"):
-        pair = node.args[0], node.args[1]
-    elif node.op != "call_function":
-        return None
-    elif node.target in _MATMULS or getattr(node.target, "__name__", "") == "matmul":
-        pair = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    elif node.target is torch.addmm or (node.target is torch.einsum and len(node.args) == 3):
-        pair = node.args[1], node.args[2]
-    else:
-        return None
-    x, weight = pair
-    tokens, matrix = fake_tensor(x), fake_tensor(weight)
-    if tokens is None or matrix is None or tokens.ndim < 2 or tokens.ndim < matrix.ndim:
-        return None
-    return x, weight  # pyright: ignore
-
-
-def _amplifies(node: fx.Node, x: fx.Node) -> bool:
-    out, value = fake_tensor(node), fake_tensor(x)
-    if out is None or value is None or not out.is_floating_point() or out.ndim < 2:
-        return False
-    if not isinstance(_last(out), int) or not isinstance(_last(value), int):
-        return False
-    return _last(out) > AMPLIFICATION * _last(value)
+# -- sizes -------------------------------------------------------------------------------------------
 
 
 def widens(node: fx.Node) -> bool:
     """Whether a node is a projection whose output per token is wider than its input."""
-    projected = projection_input(node)
-    return projected is not None and _amplifies(node, projected[0])
-
-
-def contracts_over_tokens(x: fx.Node) -> bool:
-    """Whether the last dimension of ``x`` was another one before a transpose (token mixing as in MLP-Mixer)."""
-    node: Any = x
-    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
-        name = node_name(node)
-        value = fake_tensor(node.args[0])
-        if value is None:
-            return False
-        n = value.ndim
-        args: Any = node.args
-        if name in ("transpose", "swapaxes", "swapdims") and n - 1 in (args[1] % n, args[2] % n):
-            return True
-        order = list(args[1:]) if name == "permute" else []
-        order = list(order[0]) if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
-        if order and order[-1] % n != n - 1:
-            return True
-        if name == "t" or (name == "getattr" and node.args[1] in ("T", "mT")):
-            return True
-        if name not in ("transpose", "permute", "contiguous", "to", "float", "clone", "dropout"):
-            return False
-        node = node.args[0]
-    return False
-
-
-def _last(value: torch.Tensor) -> Any:
-    return concrete(value.shape[-1])
+    projection = read_projection(node)
+    out = fake_tensor(node)
+    return projection is not None and out is not None and out.is_floating_point() and projection.growth > AMPLIFICATION
 
 
 def _features(value: Any, kinds: tuple[bool, ...]) -> int:

@@ -27,7 +27,7 @@ from mst_fx.graph import (
 )
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import LossCall, count, read_by_count, sum_dtype
-from mst_fx.region import module_stack, region_key
+from mst_fx.region import Region, module_stack, region_key
 from mst_fx.report import Mismatch
 from mst_fx.rows import same_size
 
@@ -143,7 +143,7 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
             node.meta["mst_region"] = region_key(lifted.region)
             if stack:
                 node.meta["nn_module_stack"] = stack
-    erase_dead(graph, [*lifted.region.nodes, *lifted.dead])
+    erase_region(lifted.region, lifted.dead)
 
 
 def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
@@ -243,6 +243,12 @@ def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     if order != sorted(order):
         value = graph.call_method("permute", (value, *(order.index(d) for d in range(len(order)))))
     return value
+
+
+def erase_region(region: Region, dead: Sequence[fx.Node] = ()) -> None:
+    """Erase what nothing reads any more of a region, behind it and of the dequantisation in front of it."""
+    erase_dead(region.module.graph, [*region.nodes, *dead])
+    erase_dead(region.module.graph, region.absorbed)
 
 
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:

@@ -109,6 +109,8 @@ class RowBuilder:
         self._last_placeholder: fx.Node | None = None
         self.seed: fx.Node | None = None
         self.seeds = 0
+        self.in_loop: set[fx.Node] = set()
+        """Computations on shared values that belong into the loop all the same."""
 
     # -- values ---------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, walking
-from mst_fx.inductor import symbolic_sizes
+from mst_fx.graph import fake, run_on_fakes, walking
 from mst_fx.rows import same_size
 
 
@@ -52,14 +51,8 @@ def verify(module: fx.GraphModule, before: tuple[list[str], list[Any]], pass_nam
 
 
 def _run(node: fx.Node, pass_name: str, fake_mode: Any) -> None:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     try:
-        with fake_mode, torch.enable_grad(), torch.inference_mode(False), symbolic_sizes():
-            value = (
-                getattr(args[0], node.target)(*args[1:], **kwargs)  # pyright: ignore
-                if node.op == "call_method"
-                else node.target(*args, **kwargs)  # pyright: ignore
-            )
+        value = run_on_fakes(node, fake_mode)
     except Exception as e:
         raise VerifyError(f"{pass_name}: node {node.name} ({node.target}) does not run: {e}") from e
     node.meta["example_value"] = value

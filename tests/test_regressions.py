@@ -140,13 +140,13 @@ def token_count(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # name -> (function, frozen parts, MLPs chunked, losses chunked)
 CASES: dict[str, tuple[Callable[..., torch.Tensor], tuple[str, ...], int, int]] = {
     "masked_vocabulary": (masked_vocabulary, (), 0, 0),
-    "scaled_in_place": (scaled_in_place, (), 0, 0),
+    "scaled_in_place": (scaled_in_place, (), 0, 1),
     "input_changed_after_the_head": (input_changed_after_the_head, ("head",), 0, 0),
     "statistics_under_no_grad": (statistics_under_no_grad, (), 1, 0),
     "loss_read_under_no_grad": (loss_read_under_no_grad, (), 0, 1),
     "weights_from_the_loss": (weights_from_the_loss, (), 0, 1),
-    "positional_inplace": (positional_inplace, ("up",), 0, 0),
-    "side_input_changed": (side_input_changed, (), 0, 0),
+    "positional_inplace": (positional_inplace, ("up",), 1, 0),
+    "side_input_changed": (side_input_changed, (), 1, 0),
     "aten_in_place": (aten_in_place, (), 0, 0),
     "detached_teacher": (detached_teacher, (), 0, 1),
     "no_grad_teacher": (no_grad_teacher, (), 0, 1),

@@ -27,7 +27,7 @@ from mst_fx.lift import Lifted, Lifter, Output, finish_lift, lift
 from mst_fx.losses import ValueSum, read_total
 from mst_fx.region import Region, find_regions, region_key
 from mst_fx.report import Mismatch, RegionReport
-from mst_fx.rewrite import erase_dead
+from mst_fx.rewrite import erase_dead, erase_region
 from mst_fx.rows import MixesTokensError, same_size
 from mst_fx.weights import sum_lifted
 
@@ -105,7 +105,7 @@ def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
     elif context.config.logits != "keep":
         for value, head in logits:
             _defer_logits(value, head, graph, context)
-        erase_dead(graph.module.graph, region.nodes)
+        erase_region(region)
     return report
 
 

@@ -3,16 +3,20 @@
     gate = linear(x, Wg); up = linear(x, Wu); y = linear(silu(gate) * up, Wd)
  -> y = mst_fx.map([x], [Wg, Wu, Wd], body, C)
 
-Memory: ``T * I`` values per wide intermediate become ``C * I``, and one fp32 accumulator per trained weight.
-Not handled: a wide value that is also read by something that mixes tokens, or returned.
+Memory: ``T * I`` values per wide intermediate become ``C * I``, and one fp32 accumulator per trained weight. A wide
+value that is returned becomes an output of the region where that leaves most of the bytes to be saved.
+Not handled: a wide value that is also read by something that mixes tokens.
 """
 
 from __future__ import annotations
 
-from mst_fx.chunking import Context, Graph, chunk_region, skipped
+from mst_fx.chunking import Context, Graph, chunk_region, skipped, wide_bytes
 from mst_fx.lift import lift
 from mst_fx.region import Region, find_regions
 from mst_fx.report import Mismatch, RegionReport
+
+LEAST_SAVED = 0.6
+"""Least share of a region's wide bytes that must stay inside where some of them are returned."""
 
 
 def chunk_mlp(graph: Graph, context: Context) -> list[RegionReport]:
@@ -31,19 +35,21 @@ def _chunk(region: Region, context: Context) -> RegionReport:
     problem = check_mlp(region)
     if problem is not None:
         return skipped(region, problem.reason)
+    returned = list(dict.fromkeys(v for v, _ in region.leaving))
+    wide, region.terminals = wide_bytes(region), region.terminals + [v for v in returned if v not in region.terminals]
+    if wide_bytes(region) < LEAST_SAVED * wide:
+        return skipped(region, f"not legal: the wide value `{returned[0].name}` is returned")
     lifted = lift(region, context.fake_mode)
     if isinstance(lifted, Mismatch):
         return skipped(region, lifted.reason)
-    return chunk_region(lifted, "map", context)
+    note = f"; the wide value `{returned[0].name}` is returned whole" if returned else ""
+    return chunk_region(lifted, "map", context, note)
 
 
 def check_mlp(region: Region) -> Mismatch | None:
     """Return why a region may not be chunked, None if it may."""
     if region.problems:
         return Mismatch(f"not legal: {region.problems[0].reason}", region.source)
-    if region.leaving:
-        value, _ = region.leaving[0]
-        return Mismatch(f"not legal: the wide value `{value.name}` is returned", region.source)
     if not region.terminals:
         return Mismatch("not legal: the wide value is never narrowed again", region.source)
     return None

@@ -17,7 +17,8 @@ from torch import fx
 
 from mst_fx.chunking import Context, Graph
 from mst_fx.graph import fake_tensor, mutated_storages, storages
-from mst_fx.region import AMPLIFICATION, projection_input
+from mst_fx.projections import read_projection
+from mst_fx.region import AMPLIFICATION
 from mst_fx.report import RegionReport
 
 _ELEMENTWISE = {"float", "to", "tanh", "mul", "truediv", "div", "contiguous", "bfloat16", "half"}
@@ -42,14 +43,14 @@ def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
         return None
     chain = [node.args[0]]
     while True:
-        projected = projection_input(chain[-1])
-        if projected is not None:
-            x, out = fake_tensor(projected[0]), fake_tensor(chain[-1])
+        projection = read_projection(chain[-1])
+        if projection is not None:
+            x, out = fake_tensor(projection.tokens), fake_tensor(chain[-1])
             assert x is not None
             assert out is not None
-            wide = x.ndim == out.ndim and chain[-1].op == "call_function" and chain[-1].args[0] is projected[0]
+            wide = x.ndim == out.ndim and chain[-1].op == "call_function" and chain[-1].args[0] is projection.tokens
             is_linear = getattr(chain[-1].target, "__name__", "") == "linear"
-            ok = wide and is_linear and out.shape[-1] > AMPLIFICATION * x.shape[-1]
+            ok = wide and is_linear and projection.growth > AMPLIFICATION
             return chain if ok else None
         name = str(chain[-1].target) if chain[-1].op == "call_method" else getattr(chain[-1].target, "__name__", "")
         if name not in _ELEMENTWISE or len(chain[-1].all_input_nodes) != 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mst_fx.rows import MixesTokensError, Row, RowBuilder, aten, same_size
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten, feature_shape, numel, same_size
 from mst_fx.rules.registry import only_row, op_name, pointwise, rule, without
 
 
@@ -80,18 +80,62 @@ def _norm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any)
     return [Row(x.kinds if i == 0 else ones, b.emit(operator.getitem, node, i)) for i in range(len(outs))]
 
 
+@rule(aten.native_group_norm)
+def _group_norm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    """Groups of features of a value ``[T, features...]``: a layer norm over each, then scale and shift."""
+    value, weight, bias, _, channels, _, groups, eps = args
+    x = only_row(b, value)
+    if any(x.kinds[1:]) or not x.kinds[0]:
+        raise MixesTokensError(f"{op_name(func)} works along the tokens")
+    features = feature_shape(value.shape, x.kinds)
+    size = numel(features) // groups
+    grouped = b.emit(aten.reshape.default, x.node, [-1, groups, size])
+    normed = b.emit(operator.getitem, b.emit(aten.native_layer_norm.default, grouped, [size], None, None, eps), 0)
+    node = b.emit(aten.reshape.default, normed, [-1, *features])
+    shape = [channels] + [1] * (len(features) - 1)
+    for op, parameter in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if parameter is not None:
+            node = b.emit(op, node, b.shared(parameter, shape))
+    if value.dtype != outs[0].dtype or any(p is not None and p.dtype != value.dtype for p in (weight, bias)):
+        raise MixesTokensError(f"{op_name(func)} mixes dtypes")
+    return [Row(x.kinds, node)]
+
+
 @rule(aten.gather)
 def _gather(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
     x = only_row(b, args[0])
-    index = args[2]
-    row = b.row(index)
-    if row is None:
-        if any(k and not same_size(index.shape[d], args[0].shape[d]) for d, k in enumerate(x.kinds)):
-            raise MixesTokensError("gathers from some of the tokens only")
-        row = b.chunked(index, x.kinds)
+    index = _rows_like(b, args[2], args[0], x, "gathers")
+    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1]), index))]
+
+
+@rule(aten.scatter, aten.scatter_add)
+def _scatter(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = b.row(args[0])
+    if isinstance(b.lookup(args[0]), Shared):
+        raise MixesTokensError("makes a value that depends on the position of the token")
+    if x is None:  # zeros, perhaps, made for the purpose: rows like those of what is scattered
+        x = b.chunked(args[0], next(r for t in args[2:] if isinstance(t, torch.Tensor) and (r := b.row(t))).kinds)
+    operands: list[Any] = []
+    for value in args[2:]:
+        if isinstance(value, torch.Tensor):
+            operands.append(_rows_like(b, value, args[0], x, "scatters") if value.ndim else b.shared(value))
+        else:
+            operands.append(value)
+    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1]), *operands, **kwargs))]
+
+
+def _rows_like(b: RowBuilder, index: torch.Tensor, value: torch.Tensor, x: Row, verb: str) -> Any:
+    """Return the row form of an index into the features of ``value``, which must have its tokens."""
+    if index.ndim != value.ndim or any(
+        k and not same_size(index.shape[d], value.shape[d]) for d, k in enumerate(x.kinds)
+    ):
+        raise MixesTokensError(f"{verb} from some of the tokens only")
+    if isinstance(b.lookup(index), Shared):
+        raise MixesTokensError("makes a value that depends on the position of the token")
+    row = b.row(index) or b.chunked(index, x.kinds)
     if row.kinds != x.kinds:
-        raise MixesTokensError("gathers along the tokens")
-    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1]), row.node))]
+        raise MixesTokensError(f"{verb} along the tokens")
+    return row.node
 
 
 @rule(aten.nll_loss_forward)
@@ -117,20 +161,3 @@ def _loss_per_element(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any
     if given["reduction"] != 0:
         raise MixesTokensError("reduces the loss over all tokens")
     return pointwise(b, func, args, kwargs, outs)
-
-
-@rule(aten.scatter)
-def _scatter(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
-    x = only_row(b, args[0])
-    operands: list[Any] = []
-    for value in args[2:]:
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            operands.append(b.shared(value) if isinstance(value, torch.Tensor) else value)
-            continue
-        if any(k and not same_size(value.shape[d], args[0].shape[d]) for d, k in enumerate(x.kinds)):
-            raise MixesTokensError("scatters to some of the tokens only")
-        row = b.row(value) or b.chunked(value, x.kinds)
-        if row.kinds != x.kinds:
-            raise MixesTokensError("scatters along the tokens")
-        operands.append(row.node)
-    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1]), *operands, **kwargs))]

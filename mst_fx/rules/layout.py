@@ -92,6 +92,22 @@ def _split(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any
 def _cat(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
     tensors = args[0]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % outs[0].ndim
+    kinds, nodes = _lined_up(b, tensors)
+    at = Row(kinds, nodes[0]).feature_dim(dim)
+    return [Row(kinds, b.emit(aten.cat.default, nodes, at))]
+
+
+@rule(aten.stack)
+def _stack(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    tensors = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % outs[0].ndim
+    kinds, nodes = _lined_up(b, tensors)
+    new = (*kinds[:dim], False, *kinds[dim:])
+    return [Row(new, b.emit(aten.stack.default, nodes, 1 + sum(not k for k in kinds[:dim])))]
+
+
+def _lined_up(b: RowBuilder, tensors: Sequence[torch.Tensor]) -> tuple[tuple[bool, ...], list[Any]]:
+    """Return the kinds that values to be joined share, and their row forms."""
     first = next(r for t in tensors if (r := b.row(t)))
     nodes = []
     for t in tensors:
@@ -101,22 +117,48 @@ def _cat(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) 
         if found is None or found.kinds != first.kinds:
             raise MixesTokensError("joins values whose tokens do not line up")
         nodes.append(found.node)
-    return [Row(first.kinds, b.emit(aten.cat.default, nodes, first.feature_dim(dim)))]
-
-
-@rule(aten.stack)
-def _stack(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
-    tensors = args[0]
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % outs[0].ndim
-    kinds = next(r for t in tensors if (r := b.row(t))).kinds
-    nodes = [b.aligned(t, tensors[0].shape, kinds) for t in tensors]
-    stacked = (*kinds[:dim], False, *kinds[dim:])
-    return [Row(stacked, b.emit(func, nodes, Row(stacked, nodes[0]).feature_dim(dim)))]
+    return first.kinds, nodes
 
 
 @rule(aten.flip, aten.roll)
 def _flip(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
-    raise MixesTokensError(f"{op_name(func)} moves tokens")
+    x = only_row(b, args[0])
+    at = 1 if func.overloadpacket is aten.flip else 2
+    dims = args[at] if len(args) > at else kwargs.get("dims", [])
+    if not dims or any(x.kinds[d % args[0].ndim] for d in dims):
+        raise MixesTokensError(f"{op_name(func)} moves tokens")
+    return [Row(x.kinds, b.emit(func, x.node, *args[1:at], [x.feature_dim(d) for d in dims]))]
+
+
+@rule(aten.repeat)
+def _repeat(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    times = list(args[1])
+    lead = len(times) - args[0].ndim
+    kinds = (False,) * lead + x.kinds
+    if any(k and not is_one(n) for k, n in zip(kinds, times, strict=True)):
+        raise MixesTokensError("repeats tokens")
+    own = feature_shape(args[0].shape, x.kinds)
+    rows = b.emit(aten.reshape.default, x.node, [-1, *[1] * lead, *own]) if lead else x.node
+    return [Row(kinds, b.emit(func, rows, [1, *(n for n, k in zip(times, kinds, strict=True) if not k)]))]
+
+
+@rule(aten.index_select)
+def _index_select(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1]), b.shared(args[2])))]
+
+
+@rule(aten.index)
+def _index(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    """One list of positions, the same for all tokens, along one feature dimension."""
+    x = only_row(b, args[0])
+    given = [d for d, i in enumerate(args[1]) if i is not None]
+    if len(given) != 1 or args[1][given[0]].ndim != 1 or args[1][given[0]].dtype == torch.bool:
+        raise MixesTokensError("picks values by several indices at once, or by a mask")
+    at = x.feature_dim(given[0])
+    index = b.shared(args[1][given[0]])
+    return [Row(x.kinds, b.emit(func, x.node, [None] * at + [index]))]
 
 
 @rule(aten.constant_pad_nd)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, aten, is_one
 from mst_fx.rules.registry import rule
@@ -47,23 +48,46 @@ def _addmm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any
 @rule(aten.bmm)
 def _bmm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
     left, right = args
-    x = b.row(left)
-    if x is None or b.row(right) is not None:
+    x, y = b.row(left), b.row(right)
+    if (x is None) == (y is None):
         raise MixesTokensError("multiplies two values of the tokens with each other")
-    if x.kinds[2] or not (x.kinds[1] or is_one(left.shape[1])):
+    if x is not None:
+        return [_batched_product(b, x, left.shape, right, b.shared(right))]
+    assert y is not None
+    # The weight comes first: the product of the transposes, transposed.
+    first, second, third = y.kinds
+    size, rows, columns = right.shape
+    flipped = b.emit(aten.permute.default, b.shared(left), [0, 2, 1])
+    product = _batched_product(b, Row((first, third, second), y.node), (size, columns, rows), left, flipped)
+    first, third, second = product.kinds
+    return [Row((first, second, third), product.node)]
+
+
+def _batched_product(b: RowBuilder, x: Row, shape: Sequence[Any], matrix: torch.Tensor, weight: fx.Node) -> Row:
+    """Return the row form of ``x [B, tokens, K]`` times ``weight [B, K, N]``, of which ``matrix`` tells the layout."""
+    if x.kinds[2] or not (x.kinds[1] or is_one(shape[1])):
         raise MixesTokensError("sums over tokens in a matrix product")
-    if is_one(right.shape[0]) or (isinstance(right.stride(0), int) and right.stride(0) == 0):
+    if is_one(matrix.shape[0]) or (isinstance(matrix.stride(0), int) and matrix.stride(0) == 0):
         # One weight for the whole batch, whatever kind the batch dimension is.
-        weight = b.emit(aten.select.int, b.shared(right), 0, 0)
-        rows = b.reshaped(x, left.shape, [left.shape[2]])
-        if not x.kinds[0] and not is_one(left.shape[0]):
+        if not x.kinds[0] and not is_one(shape[0]):
             raise MixesTokensError("expands one weight over features")
-        return [Row((True, True, False), b.emit(aten.mm.default, rows, weight))]
+        rows = b.reshaped(x, shape, [shape[2]])
+        return Row((True, True, False), b.emit(aten.mm.default, rows, b.emit(aten.select.int, weight, 0, 0)))
     if x.kinds != (False, True, False):
         raise MixesTokensError("multiplies every sequence by a matrix of its own")
     by_batch = b.emit(aten.permute.default, x.node, [1, 0, 2])
-    product = b.emit(aten.bmm.default, by_batch, b.shared(right))
-    return [Row(x.kinds, b.emit(aten.permute.default, product, [1, 0, 2]))]
+    product = b.emit(aten.bmm.default, by_batch, weight)
+    return Row(x.kinds, b.emit(aten.permute.default, product, [1, 0, 2]))
+
+
+@rule(aten.baddbmm)
+def _baddbmm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    bias, left, right = args
+    if any(v != 1 for v in kwargs.values()):
+        raise MixesTokensError("is a baddbmm with factors")
+    (product,) = _bmm(b, func, [left, right], {}, outs)
+    added = b.aligned(bias, outs[0].shape, product.kinds)
+    return [Row(product.kinds, b.emit(aten.add.Tensor, product.node, added))]
 
 
 @rule(aten.convolution)
@@ -73,7 +97,7 @@ def _convolution(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, out
     pointlike = all(is_one(s) for s in weight.shape[2:]) and all(s == 1 for s in stride) and not any(padding)
     if not pointlike or groups != 1 or transposed:
         raise MixesTokensError("is a convolution that reads neighbouring tokens")
-    if row is None or row.kinds[1] or not all(row.kinds[2:]):
+    if row is None or row.kinds != (True, False, *[True] * (x.ndim - 2)):
         raise MixesTokensError("is a convolution over features")
     matrix = b.emit(aten.permute.default, b.shared(weight, list(weight.shape[:2])), [1, 0])
     if bias is None:

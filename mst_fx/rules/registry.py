@@ -14,6 +14,7 @@ RULES: dict[Any, Rule] = {}
 _POINTWISE_EXTRA = {
     aten._to_copy, aten.clone, aten.detach, aten.alias, aten.masked_fill, aten.zeros_like, aten.ones_like,
     aten.full_like, aten.where, aten.lift_fresh_copy, aten.rsub, aten._prelu_kernel,
+    aten.hardswish,
 }  # fmt: skip
 
 

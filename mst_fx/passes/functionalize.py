@@ -1,0 +1,124 @@
+"""Spell in-place ops out of place where nobody can tell.
+
+    y = linear(x, W); relu_(y); z = f(y)
+ -> y = linear(x, W); r = relu(y); z = f(r)
+
+Allowed where the changed value was made in this graph, nothing that shares its memory is read later, and both nodes
+record gradients alike. Only elementwise ops, and dropout.
+Not handled: values that are seen through views, inputs, parameters, ``x[...] = y``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from mst_fx.chunking import Context, Graph
+from mst_fx.graph import fake_tensor, grad_states, is_in_place, run_on_fakes, storages, walking
+from mst_fx.report import RegionReport
+
+_OPERATORS = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.ipow: operator.pow,
+}  # fmt: skip
+
+
+def functionalize(graph: Graph, context: Context) -> list[RegionReport]:
+    """Replace every in-place op whose target is private."""
+    with walking(graph.module) as nodes:
+        for node in nodes:
+            if is_in_place(node):
+                replace_in_place(graph.module, node, context.fake_mode)
+    return []
+
+
+def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> bool:
+    """Replace one in-place op by its twin if that changes nothing else; returns whether it did."""
+    target = node.args[0] if node.args else None
+    twin = find_twin(node)
+    if twin is None or not isinstance(target, fx.Node) or not is_private(module, target, node):
+        return False
+    graph, old = module.graph, fake_tensor(target)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    kind, function, args, kwargs = twin
+    with graph.inserting_before(node):
+        new = graph.create_node(kind, function, args, kwargs)
+    new.meta["mst_replaces"] = fake_tensor(node)
+    try:
+        value = run_on_fakes(new, fake_mode)
+    except Exception:
+        value = None
+    # In place the dtype stays; a promoted or autocast twin would give another.
+    if old is None or value is None or value.dtype != old.dtype or value.shape != old.shape:
+        graph.erase_node(new)
+        return False
+    new.meta |= {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    new.meta["example_value"] = value
+    target.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return True
+
+
+def find_twin(node: fx.Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Return the same call out of place as (op, target, args, kwargs), None where there is none."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    base, function = name.rstrip("_"), node.target
+    if "out" in node.kwargs or isinstance(function, torch._ops.OpOverload):
+        return None
+    if node.op == "call_method":
+        return ("call_method", base, node.args, node.kwargs) if _is_elementwise(base) else None
+    if function in _OPERATORS:
+        return ("call_function", _OPERATORS[function], node.args, node.kwargs)
+    if name.endswith("_"):
+        twin = getattr(F, base, None) or getattr(torch, base, None)
+        return ("call_function", twin, node.args, node.kwargs) if twin and _is_elementwise(base) else None
+    if not (_is_elementwise(name) or function is F.dropout):
+        return None
+    return _without_inplace(function, node)
+
+
+def _without_inplace(function: Callable[..., Any], node: fx.Node) -> Any:
+    try:
+        bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):
+        return None
+    if "inplace" not in bound.arguments:
+        return None
+    bound.arguments["inplace"] = False
+    return ("call_function", function, bound.args, bound.kwargs)
+
+
+def _is_elementwise(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None)
+    tags = [getattr(packet, o).tags for o in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.pointwise in t for t in tags) and not any(torch.Tag.nondeterministic_seeded in t for t in tags)
+
+
+def is_private(module: fx.GraphModule, target: fx.Node, node: fx.Node) -> bool:
+    """Whether nothing but ``target`` shows the memory that ``node`` changes, as far as later readers go."""
+    held = storages(target)
+    if not held:
+        return False
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    aliases = [n for n in module.graph.nodes if n is target or (n is not node and storages(n) & held)]
+    for alias in aliases:
+        if alias.op in ("placeholder", "get_attr") or any(map(_is_opaque, [alias, *alias.users])):
+            return False
+        early = alias is not target and order[alias] < order[node]
+        if early and any(order[u] > order[node] for u in alias.users):
+            return False
+    states = grad_states(module)
+    return states[target] == states[node]
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    """Whether a node calls a graph of its own: what its results share memory with is not known."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(getattr(source, "target", None), torch._ops.HigherOrderOperator)
