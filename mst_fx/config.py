@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch._dynamo.exc import ShortenTraceback
 
-PASS_NAMES = ("causal_masks", "normalize", "chunk_loss", "chunk_tokenwise", "chunk_mlp")
+PASS_NAMES = ("causal_masks", "normalize", "chunk_loss", "chunk_tokenwise", "chunk_experts", "chunk_mlp")
 
 
 # NOTE [errors through Dynamo] Dynamo wraps what a backend raises in BackendCompilerFailed, which is
