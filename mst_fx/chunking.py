@@ -79,7 +79,10 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         _row_bytes((), _dtype(o.node)) * max(1, _features(o)) for o in lifted.outputs
     )
     itemsize = 4 if context.config.accumulate == "float32" else 0
-    accumulators = sum(math.prod(s.shape) * max(itemsize, s.dtype.itemsize) for s in lifted.body.shared if s.needs_grad)
+    trained = [s for s in lifted.body.shared if s.needs_grad]
+    accumulators = sum(math.prod(s.shape) * max(itemsize, s.dtype.itemsize) for s in trained)
+    if region.partial_sums:
+        accumulators += sum(_row_bytes(s.shape, s.dtype) for s in trained)
     plan = plan_chunks(
         region.kind,
         hint,

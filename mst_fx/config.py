@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from torch._dynamo.exc import ShortenTraceback
 
-PASS_NAMES = ("functionalize", "causal_masks", "normalize", "chunk_loss", "chunk_tokenwise", "chunk_mlp")
+PASS_NAMES = (
+    "functionalize", "causal_masks", "normalize", "chunk_loss", "chunk_tokenwise", "chunk_experts", "chunk_mlp",
+)  # fmt: skip
 
 
 # NOTE [errors through Dynamo] Dynamo wraps what a backend raises in BackendCompilerFailed, which is

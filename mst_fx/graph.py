@@ -208,8 +208,12 @@ def storages(node: fx.Node) -> set[int]:
 
 
 def mutated_storages(node: fx.Node) -> set[int]:
-    """Return the storages an in-place node may change: those of all its tensor arguments."""
-    return set().union(*(storages(n) for n in node.all_input_nodes)) if is_in_place(node) else set()
+    """Return the storages an in-place node may change: an operator's first argument's, else all tensor arguments'."""
+    if not is_in_place(node):
+        return set()
+    operates = getattr(node.target, "__module__", "") == "_operator" and isinstance(node.args[0], fx.Node)
+    written = [node.args[0]] if operates else node.all_input_nodes
+    return set().union(*(storages(n) for n in written))  # pyright: ignore[reportArgumentType]
 
 
 def is_parameter_like(node: Any, outer: dict[fx.Node, fx.Node] | None = None) -> bool:

@@ -159,7 +159,7 @@ class Lifter:
         total = read_total(node)
         if total is not None:
             row = per_token(self.builder, total, self.fake_mode)
-            if _stops_gradient(node):
+            if stops_gradient(node):
                 row = Row(row.kinds, self.builder.emit(aten.detach.default, row.node))
             self.rows[node] = row
             return row
@@ -174,7 +174,7 @@ class Lifter:
         else:
             result = run_node(self.builder, node, self.fake_mode)
         found = bind_results(self.builder, node, result)
-        if found and _stops_gradient(node):
+        if found and stops_gradient(node):
             found = [(value, Row(row.kinds, self.builder.emit(aten.detach.default, row.node))) for value, row in found]
             for value, row in found:
                 self.builder.bind(value, row)
@@ -256,7 +256,7 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     return Lifted(region, body, chunked, [inputs[n] for n in direct], hoisted, by_copy, outputs, counts[0], lifter)
 
 
-def _stops_gradient(node: fx.Node) -> bool:
+def stops_gradient(node: fx.Node) -> bool:
     """Whether a node ran under no_grad (a teacher beside a student): its result is detached in the body too."""
     value = fake_tensor(node)
     differentiable = value is not None and value.is_floating_point() and not value.requires_grad

@@ -19,6 +19,7 @@ from mst_fx.inductor import apart_from_autograd_settings, fake_mode_of, graph_br
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.causal_masks import causal_masks
+from mst_fx.passes.chunk_experts import chunk_experts
 from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
 from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
@@ -36,6 +37,7 @@ PASSES: tuple[tuple[str, Callable[[Graph, Context], list[RegionReport]]], ...] =
     ("normalize", normalize),
     ("chunk_loss", chunk_loss),
     ("chunk_tokenwise", chunk_tokenwise),
+    ("chunk_experts", chunk_experts),
     ("chunk_mlp", chunk_mlp),
 )
 

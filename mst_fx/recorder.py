@@ -83,7 +83,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
-def recording(builder: RowBuilder) -> Iterator[None]:
+def recording(builder: RowBuilder, tracer: type[RowTracer] | None = None) -> Iterator[None]:
     """Record the row form of what runs inside; fake tensors only.
 
     Autocast's cache of cast weights is off: a weight cast once and found again is a value from nowhere.
@@ -91,7 +91,7 @@ def recording(builder: RowBuilder) -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.inference_mode(False), torch.no_grad(), RowTracer(builder):
+        with torch.inference_mode(False), torch.no_grad(), (tracer or RowTracer)(builder):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
@@ -100,7 +100,7 @@ def recording(builder: RowBuilder) -> Iterator[None]:
 # -- nodes of the Dynamo graph -----------------------------------------------------------------------
 
 
-def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
+def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any, tracer: type[RowTracer] | None = None) -> Any:
     """Record the row form of one Dynamo node whose inputs' fake values are in ``meta``.
 
     Returns:
@@ -113,7 +113,7 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
         return _run_custom(builder, node, fake_mode)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
-    with fake_mode, recording(builder), symbolic_sizes():
+    with fake_mode, recording(builder, tracer), symbolic_sizes():
         if special is not None:
             return special(builder, *args, **kwargs)
         if node.op == "call_method":
@@ -133,7 +133,7 @@ def _dropout(builder: RowBuilder, x: torch.Tensor, p: float = 0.5, training: boo
     mask = builder.emit(random.KEEP_MASK, row.node, seed, site, float(p))
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
     kept = builder.emit(aten.mul.Tensor, row.node, mask)
-    builder.bind(out, Row(row.kinds, builder.emit(aten.mul.Tensor, kept, scale)))
+    builder.bind(out, row.with_node(builder.emit(aten.mul.Tensor, kept, scale)))
     return out
 
 

@@ -61,6 +61,8 @@ class Region:
     """Whether a wide value is itself the input of an amplifier: then it is a hidden state."""
     row_bytes: int = 0
     """Bytes per token of wide values that no node of the graph shows."""
+    partial_sums: bool = False
+    """Whether a chunk forms whole gradients of weights, which are then added: one more copy of them."""
 
     @property
     def legal(self) -> bool:

@@ -48,6 +48,10 @@ class Row:
             raise MixesTokensError("works along a token dimension")
         return 1 + sum(not k for k in self.kinds[:dim])
 
+    def with_node(self, node: fx.Node) -> Row:
+        """Return the same rows with other contents."""
+        return Row(self.kinds, node)
+
 
 @dataclass(frozen=True)
 class Shared:

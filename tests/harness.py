@@ -54,6 +54,9 @@ def step(model: torch.nn.Module, inputs: dict[str, Any], compile_with: dict[str,
 
 def to_double(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     wide = copy.deepcopy(model).double()
+    experts = getattr(getattr(wide, "config", None), "_experts_implementation", None)
+    if experts == "grouped_mm":  # torch has no product by groups in fp64
+        wide.set_experts_implementation("eager")  # pyright: ignore
     return wide, {
         k: v.detach().double().requires_grad_(v.requires_grad)
         if isinstance(v, torch.Tensor) and v.is_floating_point()

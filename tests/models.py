@@ -26,6 +26,7 @@ def hf(name: str, **overrides: Any) -> nn.Module:
         "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "use_cache": False,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+    small |= {k: overrides.pop(k) for k in [*overrides] if k in small}
     build = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**small, **overrides)),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**small, **overrides)),
@@ -49,7 +50,11 @@ def hf(name: str, **overrides: Any) -> nn.Module:
             hidden_size=32, num_hidden_layers=2, vocab_size=128, state_size=8, num_heads=8, head_dim=8, n_groups=1,
             chunk_size=8, use_cache=False, **overrides)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**small, num_local_experts=4, num_experts_per_tok=2,
-            experts_implementation="eager", **overrides)),
+            **{"experts_implementation": "eager", **overrides})),
+        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**small, head_dim=8, moe_intermediate_size=48,
+            num_experts=4, num_experts_per_tok=2, **overrides)),
+        "gpt_oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**small, head_dim=8, num_local_experts=4,
+            num_experts_per_tok=2, **overrides)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(
             d_model=32, d_ff=96, d_kv=8, num_layers=2, num_heads=4, vocab_size=128, dropout_rate=0.0, use_cache=False,
             decoder_start_token_id=0, **overrides)),
