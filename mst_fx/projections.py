@@ -46,9 +46,11 @@ def read_projection(node: fx.Node, outer: dict[fx.Node, fx.Node] | None = None) 
     """
     if node.op == "call_method":
         name = str(node.target)
-        if name in ("matmul", "mm", "bmm", "__matmul__") and len(node.args) == 2:
-            return _product(node.args[0], node.args[1], outer)
-        return _product(node.args[1], node.args[2], outer) if name in ("addmm", "baddbmm") else None
+        if name in ("matmul", "mm", "bmm", "__matmul__"):
+            return _product(node.args[0], _given(node, 1, "other", "mat2", "tensor2"), outer)
+        if name not in ("addmm", "baddbmm"):
+            return None
+        return _product(_given(node, 1, "mat1", "batch1"), _given(node, 2, "mat2", "batch2"), outer)
     if node.op != "call_function":
         return None
     if node.target in _LINEAR:

@@ -267,6 +267,12 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
         ),
         u=weight(1, H, I), d=weight(1, I, H), b=weight(1, 1, I), c=weight(1, 1, H),
     ),
+    "baddbmm_by_name": layer(
+        lambda s, x: s.d(
+            F.gelu(s.b.baddbmm(batch1=x, batch2=s.u.expand(x.shape[0], -1, -1), beta=1, alpha=1))
+        ),
+        u=weight(1, H, I), b=weight(1, 1, I), d=linear(I, H),
+    ),
     "conv_kernel_1": layer(
         lambda s, x: s.d(F.gelu(s.u(x.permute(0, 2, 1)))).permute(0, 2, 1),
         u=lambda: nn.Conv1d(H, I, 1), d=lambda: nn.Conv1d(I, H, 1),
