@@ -222,7 +222,7 @@ def test_near_misses_are_left_alone(name: str) -> None:
 )
 def test_transformers(name: str, experts: str) -> None:
     net = hf(name, num_hidden_layers=1, experts_implementation=experts, output_router_logits=True)
-    ours = check_exact(net, hf_inputs(name))
+    ours = check_exact(net, hf_inputs(name, batch=4, length=60))
     assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (1, 1), str(ours.report)
     assert ours.output.aux_loss is not None
     region = next(r for r in ours.report.chunked if r.kind == "mlp")

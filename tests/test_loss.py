@@ -90,7 +90,7 @@ LOSSES: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "scaled": (lambda x, y, m: flat()(x, y, m) * 65536.0 / 3, True),
     "masked": (masked, True),
     "dpo": (dpo, False),
-    "z_loss": (z_loss, False),
+    "z_loss": (z_loss, True),
     "capped": (capped, True),
     "sliced_logits": (sliced_logits, True),
     "class_dim_one": (class_dim_one, True),
