@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.inductor import symbolic_inputs
+from mst_fx.inductor import fake_mode_of, symbolic_inputs
 from mst_fx.rows import concrete
 from mst_fx.simplify import simplify_loss_backward
 
@@ -110,7 +110,7 @@ def trace_forward(body: Body, rows: int) -> tuple[fx.GraphModule, list[Any]]:
 def trace_backward(body: Body, rows: int) -> Backward:
     """Trace the gradients of the outputs with respect to the inputs that need them."""
     inputs = symbolic_inputs(body, rows)
-    with torch.no_grad():
+    with _made_fake(inputs), torch.no_grad():
         outs = [o for o in body.graph(*inputs)]
     differentiable = _differentiable(body, inputs)
     tangents = [torch.empty_like(outs[i]) for i in differentiable]
@@ -149,8 +149,16 @@ def _run_with_grad(body: Body, xs: Sequence[Any]) -> tuple[list[Any], Any]:
         return [xs[i] for i in body.needs], body.graph(*xs)
 
 
+def _made_fake(inputs: Sequence[Any]) -> Any:
+    """Return a context in which new tensors are fake too: a real ``arange`` would fix the symbolic rows."""
+    mode = fake_mode_of(inputs)
+    assert mode is not None
+    return mode
+
+
 def _differentiable(body: Body, inputs: Sequence[Any]) -> list[int]:
-    _, outs = _run_with_grad(body, inputs)
+    with _made_fake(inputs):
+        _, outs = _run_with_grad(body, inputs)
     return [i for i, o in enumerate(outs) if o.requires_grad]
 
 
