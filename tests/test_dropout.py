@@ -18,16 +18,18 @@ OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
 class Dropped(nn.Module):
     """Linear up and down: the gradient tells which mask the backward saw."""
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self, p: float = 0.5, in_place: bool = False) -> None:
         super().__init__()
         self.up, self.down, self.p = nn.Linear(4, 64, bias=False), nn.Linear(64, 4, bias=False), p
+        self.in_place = in_place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.dropout(self.up(x), self.p, self.training))
+        return self.down(F.dropout(self.up(x), self.p, self.training, self.in_place))
 
 
-def test_backward_sees_the_forwards_mask() -> None:
-    model = Dropped().double()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_backward_sees_the_forwards_mask(in_place: bool) -> None:
+    model = Dropped(in_place=in_place).double()
     fn = torch.compile(model, backend="mst", options=OPTIONS)
     x = torch.randn(2, 13, 4, dtype=torch.float64, requires_grad=True)
     y = fn(x)
@@ -213,7 +215,6 @@ RANDOM: dict[str, Any] = {
     "in_place": lambda x: x * torch.empty_like(x).bernoulli_(0.5),
     "rrelu": lambda x: F.rrelu(x, training=True),
     "gumbel": lambda x: F.gumbel_softmax(x, dim=-1),
-    "dropout_in_place": lambda x: F.dropout(x, 0.5, True, True),
 }
 
 
