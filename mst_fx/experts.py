@@ -19,7 +19,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, fake_tensor, is_in_place, module_path, mutated_storages, source_of, storages, walking
+from mst_fx.graph import (
+    fake,
+    fake_tensor,
+    is_in_place,
+    module_path,
+    mutated_storages,
+    node_name,
+    source_of,
+    storages,
+    walking,
+)
 from mst_fx.inductor import is_plain_fake
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift, stops_gradient
 from mst_fx.recorder import run_node
@@ -52,15 +62,11 @@ def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
     return found
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
 def _is_entry(node: fx.Node) -> bool:
     value = fake_tensor(node)
     if value is None or value.ndim != 1 or value.is_floating_point() or value.dtype is torch.bool:
         return False
-    return any(_name(u) in ("sort", "argsort") or _gathers_weights(u, node) for u in node.users)
+    return any(node_name(u) in ("sort", "argsort") or _gathers_weights(u, node) for u in node.users)
 
 
 def _gathers_weights(user: fx.Node, ids: fx.Node) -> bool:
@@ -104,7 +110,7 @@ class Experts:
     def _begin(self) -> bool:
         """Find the ``[*tokens, k]`` that the entry flattens."""
         chain, node = [], self.entry
-        while fake(node) is not None and _name(node) in _LAYOUT and len(node.all_input_nodes) == 1:
+        while fake(node) is not None and node_name(node) in _LAYOUT and len(node.all_input_nodes) == 1:
             chain.append(node)
             node = node.all_input_nodes[0]
             value = fake_tensor(node)
@@ -130,7 +136,7 @@ class Experts:
                 return False
             if self._leading(value) and (chain or self.builder.k == 1):
                 return self._replay(node, chain)
-            if _name(node) not in _LAYOUT or len(node.all_input_nodes) != 1 or node in self.members:
+            if node_name(node) not in _LAYOUT or len(node.all_input_nodes) != 1 or node in self.members:
                 return False
             chain.append(node)
             node = node.all_input_nodes[0]
@@ -167,7 +173,7 @@ class Experts:
         inputs = node.all_input_nodes
         known = [n for n in inputs if n in self.members]
         if not known:
-            if _name(node) == "arange":
+            if node_name(node) == "arange":
                 self._record(node)
             return
         if node.op == "output" or all(n in self.terminals for n in known):
@@ -289,8 +295,10 @@ class Experts:
         if blame:
             node = min(blame, key=self.order.__getitem__)
             cause = self._cause(node)
-            because = "" if cause is node else f"; `{_name(cause)}` ({source_of(cause)}) {self.failures[cause]}"
-            return Mismatch(f"not legal: `{_name(node)}` {blame[node]} ({source_of(node)}){because}", source_of(node))
+            because = "" if cause is node else f"; `{node_name(cause)}` ({source_of(cause)}) {self.failures[cause]}"
+            return Mismatch(
+                f"not legal: `{node_name(node)}` {blame[node]} ({source_of(node)}){because}", source_of(node)
+            )
         if not region.terminals:
             return Mismatch("not legal: what the experts say is never summed up to one row per token", region.source)
         changed: set[int] = set().union(*(mutated_storages(n) for n in nodes))
@@ -302,7 +310,7 @@ class Experts:
                 continue
             if node in self.wide:
                 return Mismatch(
-                    f"not legal: `{node.name}`, a value of the experts' slots, is read by `{_name(reader)}` "
+                    f"not legal: `{node.name}`, a value of the experts' slots, is read by `{node_name(reader)}` "
                     f"({source_of(reader)})", region.source
                 )  # fmt: skip
             if storages(node) & changed:

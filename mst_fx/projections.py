@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.graph import fake_tensor, is_parameter_like
+from mst_fx.graph import fake_tensor, is_parameter_like, node_name
 from mst_fx.rows import concrete, is_one
 
 
@@ -159,7 +159,7 @@ def contracts_over_tokens(projection: Projection, outer: dict[fx.Node, fx.Node] 
             node = outer[node]
         if not isinstance(node, fx.Node) or node.op not in ("call_method", "call_function") or not node.args:
             break
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = node_name(node)
         source = fake_tensor(node.args[0])
         if source is None:
             break

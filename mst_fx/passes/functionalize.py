@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor, grad_states, is_in_place, run_on_fakes, storages, walking
+from mst_fx.graph import fake_tensor, grad_states, is_in_place, node_name, run_on_fakes, storages, walking
 from mst_fx.report import RegionReport
 
 _OPERATORS = {
@@ -68,7 +68,7 @@ def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> b
 
 def find_twin(node: fx.Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
     """Return the same call out of place as (op, target, args, kwargs), None where there is none."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = node_name(node)
     base, function = name.rstrip("_"), node.target
     if "out" in node.kwargs or isinstance(function, torch._ops.OpOverload):
         return None

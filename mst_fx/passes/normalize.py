@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor, mutated_storages, storages
+from mst_fx.graph import fake_tensor, mutated_storages, node_name, storages
 from mst_fx.projections import read_projection
 from mst_fx.region import AMPLIFICATION
 from mst_fx.report import RegionReport
@@ -52,7 +52,7 @@ def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
             is_linear = getattr(chain[-1].target, "__name__", "") == "linear"
             ok = wide and is_linear and projection.growth > AMPLIFICATION
             return chain if ok else None
-        name = str(chain[-1].target) if chain[-1].op == "call_method" else getattr(chain[-1].target, "__name__", "")
+        name = node_name(chain[-1])
         if name not in _ELEMENTWISE or len(chain[-1].all_input_nodes) != 1:
             return None
         chain.append(chain[-1].all_input_nodes[0])
