@@ -231,9 +231,12 @@ def _length(short: Sequence[Moment], long: Sequence[Moment]) -> int:
 
 
 def _kind(moment: Moment) -> tuple[str, str]:
-    """Return what is equal for equal steps of different layers: result and op, and where they come from."""
+    """Return what is equal for equal steps of different layers: result and op, and where they come from.
+
+    A source without a line is the module's path, in which a layer has its number.
+    """
     found = re.search(r": (.* = [\w.]+)\(", moment.text)
-    return found.group(1) if found else "", moment.source
+    return found.group(1) if found else "", re.sub(r"\.\d+\b", ".#", moment.source)
 
 
 def _repeated(long: Sequence[Moment], parts: Sequence[Part], extra: int, names: _Names) -> Iterator[Moment]:
@@ -244,7 +247,7 @@ def _repeated(long: Sequence[Moment], parts: Sequence[Part], extra: int, names: 
             news = [p for p in parts[max(0, i - 1) : i + 2] if p.is_new]
             for at, m in enumerate(moments, part.start):
                 near = min(news, key=lambda p: min(abs(at - p.start), abs(at - p.stop)), default=None)
-                path = names.outside(m.path, long[near.start].path, extra) if near else m.path
+                path = names.outside(m.path, [n.path for n in long[near.start : near.stop]], extra) if near else m.path
                 yield replace(m, path=path, live_bytes=m.live_bytes + extra * part.grown)
             continue
         step = parts[i + 1].grown - part.grown
@@ -265,9 +268,10 @@ class _Names:
         """Rename what was put in, the ``repeat``-th time it is."""
         return self._moved(path, extra - repeat if self.descending else repeat)
 
-    def outside(self, path: str, new: str, extra: int) -> str:
-        """Rename what is before or after something new that begins in the module ``new``."""
-        here, there = self._unit(path), self._unit(new)
+    def outside(self, path: str, new: Sequence[str], extra: int) -> str:
+        """Rename what is before or after something new, whose steps have the paths ``new`` (some have none)."""
+        here = self._unit(path)
+        there = next((unit for p in new if (unit := self._unit(p)) is not None), None)
         if here is None or there is None:
             return path
         is_behind = here >= there if self.descending else here > there
