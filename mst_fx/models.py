@@ -254,6 +254,7 @@ def _config(spec: ModelSpec, folder: pathlib.Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return an error as its name and its first line that is not blank."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    """Return an error as its name and its first line that is not blank, with the next one where that announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text}"

@@ -69,6 +69,32 @@ def test_graph_break_between_head_and_loss_is_named() -> None:
     report = mst_fx.explain(Broken(), OPTIONS)(torch.randn(2, 23, 16), torch.randint(0, V, (2, 23)))
     assert report.num_graphs == 2
     assert "graph break" in reasons(report)
+    first = Broken.forward.__code__.co_firstlineno
+    (where,) = re.findall(r"a graph break ends the graph of these logits at (\S+):(\d+): (.*)", str(report))
+    assert where[0].endswith("test_report.py")
+    assert int(where[1]) == first + 2
+    assert "graph_break" in where[2]
+    assert "Compile one function that holds both" in str(report)
+
+
+def test_advice_on_logits_that_are_kept() -> None:
+    model = hf("llama")
+    report = mst_fx.explain(model, {**OPTIONS, "mst.logits": "keep"})(**hf_inputs("llama"))
+    assert "returned logits are kept" in str(report)
+    assert "mst.logits='lazy' (the default) does not hold the returned logits" in str(report)
+
+
+def test_advice_on_weights_of_a_tensor_subclass() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = SwiGLU()
+    for name in ("gate", "up", "down"):
+        linear = getattr(model, name)
+        linear.weight = nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach().clone()))
+    report = mst_fx.explain(model, OPTIONS)(torch.randn(2, 23, 16))
+    assert not report.chunked
+    assert "subclass" in reasons(report)
+    assert "chunking needs plain weights where the layer runs" in str(report)
 
 
 def test_wide_activation_that_is_returned_is_named() -> None:

@@ -58,7 +58,8 @@ def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> b
     if old is None or value is None or value.dtype != old.dtype or value.shape != old.shape:
         graph.erase_node(new)
         return False
-    new.meta |= {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    # It is the same step of the user's code spelled otherwise, so it keeps its origin: no change for who reads a diff.
+    new.meta |= {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "mst_origin")}
     new.meta["example_value"] = value
     target.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
     node.replace_all_uses_with(new)
