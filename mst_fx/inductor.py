@@ -40,11 +40,7 @@ from torch._inductor.ir import FallbackKernel
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
@@ -218,8 +214,12 @@ def compile_graph(
     with _partitioner_settings(chunked):
         if compiler == "aot_eager":
             return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
-        inner = functools.partial(_compile_apart, compile_fx_inner) if chunked else compile_fx_inner
-        return compile_fx(graph, inputs, inner_compile=inner, config_patches=options or None)  # pyright: ignore
+        if not chunked:
+            return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
+        # Inductor would reorder by its own count of live bytes, which knows nothing of what a loop needs inside.
+        options = {"reorder_for_peak_memory": False, **options}
+        inner = functools.partial(_compile_apart, compile_fx_inner)
+        return compile_fx(graph, inputs, inner_compile=inner, config_patches=options)  # pyright: ignore
 
 
 def _partitioner_settings(chunked: bool) -> Any:
@@ -237,9 +237,8 @@ class _Apart(InductorChoices):
     """NOTE [no fusion across a loop] Inductor fuses nodes that read the same value, however far apart they are run.
 
     Between two such nodes may lie an attention or the loop of a chunked region, through which all that the later
-    one reads and the earlier one writes would stay alive: the gradient of a norm's weight, or the next
-    checkpointed layer's recomputed input. Torch refuses pairs more than 64 nodes apart for that reason; a
-    chunked layer has fewer nodes than that.
+    one reads and the earlier one writes would stay alive: a norm weight's gradient, or the next checkpointed
+    layer's recomputed input. Torch refuses pairs more than 64 nodes apart; a chunked layer has fewer than that.
     """
 
     def __init__(self) -> None:
