@@ -1,7 +1,7 @@
 """Stands in for logits whose loss was chunked: computes them when first touched.
 
 HF models return ``loss`` and ``logits``; most training loops never read the second. ``LazyLogits`` has the
-shape, dtype and device of the logits, holds the hidden states, and stays lazy through ``detach``,
+shape, dtype and device of the logits, holds the hidden states, and stays lazy through ``detach``, ``clone``,
 ``float`` and ``to``. Anything else computes the logits through the same head.
 
 Danger:
@@ -65,9 +65,14 @@ class _Head:
         return shape[dim] if dim >= 0 else math.prod(shape[d] for d in order[: order[-1]])
 
     @property
+    def freed(self) -> bool:
+        """Whether weights are gone: FSDP frees what it gathered."""
+        return any(map(_is_freed, self.inputs))
+
+    @property
     def changed(self) -> bool:
-        """Whether the weights are others than in the forward, or gone (FSDP frees what it gathered)."""
-        if [_version(t) for t in self.inputs] != self.versions or any(map(_is_freed, self.inputs)):
+        """Whether the weights are others than in the forward, or gone."""
+        if self.freed or [_version(t) for t in self.inputs] != self.versions:
             return True
         return not all(map(torch.equal, map(_sample, self.inputs[self.spec.num_chunked :]), self.samples))
 
@@ -75,8 +80,15 @@ class _Head:
         """Compute the logits.
 
         Raises:
-            RuntimeError: If the weights have changed since the forward.
+            RuntimeError: If the weights have changed since the forward, or are gone.
         """
+        if self.freed:
+            raise RuntimeError(
+                "these logits were not computed in the forward (their loss was chunked), and the gathered weights they "
+                "need have been freed since, as FSDP does after the backward, and after the forward where the model is "
+                "wrapped with reshard_after_forward=True. Read them before, or compile with "
+                'options={"mst.logits": "keep"}.'
+            )
         if self.changed:
             raise RuntimeError(
                 "these logits were not computed in the forward (their loss was chunked), and the model's weights "
@@ -118,7 +130,7 @@ class _Deferred:
         if self.head.changed and source is not None:
             # What was cast may have been read in time, and is the same unless it was changed in place since.
             if source.value is not None and _version(source.value) == source.version:
-                return source.value.to(self.casts[-1])
+                return source.value.to(self.casts[-1], copy=True)
             if source.value is None and source.cast_from is not None:
                 return source._fresh().to(self.casts[-1])
         value = self.head.compute()
@@ -213,6 +225,10 @@ class LazyLogits(torch.Tensor):
             dtype = _cast(func, lazy, args, kwargs)
             if dtype is not None and (cast := _recast(lazy, dtype)) is not None:
                 return cast
+            # DDP clones every output, to learn from the copy when the backward begins.
+            alone = len(args) == 1 and not kwargs
+            if func in (torch.Tensor.clone, torch.clone) and alone and (copy := _copy(lazy, lazy.dtype)) is not None:
+                return copy
         if func is torch.Tensor.register_hook and _is_of_torch(args[1] if len(args) > 1 else kwargs.get("hook")):
             return super().__torch_function__(func, types, args, kwargs)
         if func in _ON_THE_GRAPH:
@@ -230,9 +246,12 @@ class LazyLogits(torch.Tensor):
 
 
 def _recast(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
+    return lazy if dtype == lazy.dtype else _copy(lazy, dtype)
+
+
+def _copy(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
+    """Return lazy logits with memory of their own to be."""
     grad, old = lazy.requires_grad and torch.is_grad_enabled(), lazy._deferred
-    if dtype == lazy.dtype:
-        return lazy
     if old.head is None:
         return None  # another view of these logits was read already
     return LazyLogits(_Deferred(old.head, (*old.casts, dtype), old), lazy.shape, lazy.device, grad)
@@ -258,7 +277,7 @@ _CASTS = {
 }
 _PROPERTIES = (
     "shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "ndim", "layout", "grad", "is_cpu", "is_cuda",
-    "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "itemsize", "nbytes",
+    "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "itemsize", "nbytes", "_base",
 )  # fmt: skip
 _ATTRIBUTES = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES} | {
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,

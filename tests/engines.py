@@ -5,17 +5,21 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import importlib
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
+from mst_fx.lazy_logits import LazyLogits
 from tests.harness import error, loss_of
 from tests.models import H, SwiGLU, V, hf, hf_inputs, token_inputs
+from tests.ranks import run_ranks
 
 OPTIONS = {"mst.compiler": "aot_eager", "mst.chunk_tokens": 8}
 MST: dict[str, Any] = {"backend": "mst", "options": OPTIONS}
@@ -121,10 +125,16 @@ def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
     return dict(found)
 
 
-def run_cases(cases: Mapping[str, Case], rank: int, world: int) -> dict[str, Any]:
-    """Run cases one after another in this rank; one that raises is its traceback."""
+def is_unread(output: Any) -> bool:
+    """Whether a model's output has logits that nobody has computed."""
+    logits = getattr(output, "logits", None)
+    return isinstance(logits, LazyLogits) and logits._deferred.value is None
+
+
+def run_cases(rank: int, world: int, module: str, cases: str) -> dict[str, Any]:
+    """Run the cases a module has under a name, one after another in this rank; one that raises is its traceback."""
     results: dict[str, Any] = {}
-    for name, case in cases.items():
+    for name, case in getattr(importlib.import_module(module), cases).items():
         torch._dynamo.reset()
         before = len(mst_fx.reports())
         try:
@@ -138,6 +148,25 @@ def run_cases(cases: Mapping[str, Case], rank: int, world: int) -> dict[str, Any
             "text": "\n".join(map(str, found)),
         }
     return results
+
+
+def results_of(module: str, cases: str = "CASES", world: int = 2, timeout: float = 240) -> Any:
+    """Return a fixture: all cases that a test module has under a name, run in ``world`` ranks that start once."""
+
+    @pytest.fixture(scope="module")
+    def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(cases.lower())
+        return run_ranks(run_cases, world, folder, module, cases, timeout=timeout)
+
+    return results
+
+
+def of_case(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return what every rank found in a case, which must have run to its end."""
+    for result in results:
+        assert name in result, f"not run: {[r['error'] for r in result.values() if 'error' in r]}"
+        assert "error" not in result[name], result[name]["error"]
+    return [result[name] for result in results]
 
 
 def chunked(result: dict[str, Any], kind: str) -> int:

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import copy
 import functools
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,16 +21,17 @@ from tests.engines import (
     MST,
     OPTIONS,
     chunked,
+    is_unread,
     llama,
     make_batches,
+    of_case,
     own_gradients,
-    run_cases,
+    results_of,
     small,
     true_gradients,
     worst,
 )
 from tests.harness import error, loss_of
-from tests.ranks import run_ranks
 
 
 class Unused(nn.Module):
@@ -89,6 +89,7 @@ def train(
         "fired": set(fired.values()),
     }
     if hasattr(model, "config"):
+        result["unread"] = is_unread(out)
         expected = plain(input_ids=batch["input_ids"]).logits
         result["logits"] = error(out.logits.float() + 0, expected.double())
     return result
@@ -99,8 +100,12 @@ CASES = {
     "inside": functools.partial(train, inside=True),
     "one bucket": functools.partial(train, whole=True),
     "static graph": functools.partial(train, static_graph=True, gradient_as_bucket_view=True, steps=3),
-    # Its sink puts every output, lazy logits too, through a function.
-    "static graph, one bucket": functools.partial(train, build=llama, whole=True, static_graph=True, steps=2),
+    # Its sink clones every output, lazy logits too: in the first step of a static graph, in all where it searches.
+    "static graph, one bucket": functools.partial(train, build=llama, whole=True, static_graph=True),
+    "static graph, one bucket, second step": functools.partial(
+        train, build=llama, whole=True, static_graph=True, steps=2
+    ),
+    "searched, one bucket": functools.partial(train, build=llama, whole=True, find_unused_parameters=True),
     "unused parameter": functools.partial(train, build=Unused, find_unused_parameters=True, steps=2),
     "accumulation": functools.partial(train, made={"micro": 3}),
     "lengths": functools.partial(train, made={"lengths": (9, 23), "count": 40}),
@@ -119,52 +124,38 @@ SLOW = {
 FOUR = {"four processes": functools.partial(train, made={"lengths": (9, 23, 16, 40), "ignored": 2, "count": 40})}
 
 
-def run_all(rank: int, world: int) -> dict[str, Any]:
-    return run_cases(CASES, rank, world)
+results = results_of(__name__)
+slow_results = results_of(__name__, "SLOW", timeout=580)
+four_results = results_of(__name__, "FOUR", world=4)
 
 
-def run_slow(rank: int, world: int) -> dict[str, Any]:
-    return run_cases(SLOW, rank, world)
-
-
-def run_four(rank: int, world: int) -> dict[str, Any]:
-    return run_cases(FOUR, rank, world)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ddp")
-    return run_ranks(run_all, 2, folder)
-
-
-def check(name: str, result: dict[str, Any]) -> None:
-    assert "error" not in result, result["error"]
-    assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
-    assert result.get("logits", 0) < 1e-6
-    assert result["fired"] == {1}, "a gradient hook did not fire once"
-    cut = result["graphs"]
-    assert cut == 1 if "one bucket" in name else cut > 3, f"{cut} graphs"
-    if name not in ("behind a function", "another backend"):
-        assert (chunked(result, "mlp"), chunked(result, "loss")) == (2, 1), result["text"]
+def check(name: str, results: list[dict[str, Any]]) -> None:
+    for result in of_case(results, name):
+        assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
+        assert result.get("logits", 0) < 1e-6
+        assert result.get("unread", True), "returned logits were computed"
+        assert result["fired"] == {1}, "a gradient hook did not fire once"
+        cut = result["graphs"]
+        assert cut == 1 if "one bucket" in name else cut > 3, f"{cut} graphs"
+        if name not in ("behind a function", "another backend"):
+            assert (chunked(result, "mlp"), chunked(result, "loss")) == (2, 1), result["text"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
-    for result in results:
-        check(name, result[name])
+    check(name, results)
 
 
 @pytest.mark.slow
-def test_checkpointing_and_inductor(tmp_path: Path) -> None:
-    for result in run_ranks(run_slow, 2, tmp_path, timeout=580):
-        for name in SLOW:
-            check(name, result[name])
+@pytest.mark.parametrize("name", SLOW)
+def test_checkpointing_and_inductor(slow_results: list[dict[str, Any]], name: str) -> None:
+    check(name, slow_results)
 
 
 @pytest.mark.slow
-def test_four_processes(tmp_path: Path) -> None:
-    for result in run_ranks(run_four, 4, tmp_path):
-        check("four processes", result["four processes"])
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(four_results: list[dict[str, Any]], name: str) -> None:
+    check(name, four_results)
 
 
 def test_pieces_say_so(results: list[dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,13 @@ from tests.engines import (
     chunked,
     count_collectives,
     make_batches,
-    run_cases,
+    of_case,
+    results_of,
     small,
     true_gradients,
     worst,
 )
 from tests.harness import loss_of
-from tests.ranks import run_ranks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'mst_fx[deepspeed]'")
 
@@ -86,24 +85,13 @@ CASES = {
 SLOW = {"zero-3": functools.partial(train, stage=3, how="engine")}
 
 
-def run_all(rank: int, world: int) -> dict[str, Any]:
-    return run_cases(CASES, rank, world)
-
-
-def run_slow(rank: int, world: int) -> dict[str, Any]:
-    return run_cases(SLOW, rank, world)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("deepspeed")
-    return run_ranks(run_all, 2, folder)
+results = results_of(__name__)
+slow_results = results_of(__name__, "SLOW", timeout=580)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
-    for result in (r[name] for r in results):
-        assert "error" not in result, result["error"]
+    for result in of_case(results, name):
         assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
         # ZeRO-3 gathers module by module: the head is not in the function that was compiled.
         wanted = (2, 0) if "leaves" in name else (0, 0) if "zero-3" in name else (2, 1)
@@ -111,20 +99,19 @@ def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name:
 
 
 def test_weights_are_gathered_once(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert result["zero-3, leaves"]["collectives"] == result["zero-3, plain"]["collectives"]
+    for leaves, plain in zip(of_case(results, "zero-3, leaves"), of_case(results, "zero-3, plain"), strict=True):
+        assert leaves["collectives"] == plain["collectives"]
 
 
 def test_a_linear_with_its_own_backward_is_named(results: list[dict[str, Any]]) -> None:
-    text = results[0]["zero-3, own linear"]["text"]
+    text = of_case(results, "zero-3, own linear")[0]["text"]
     assert "a torch.autograd.Function" in text
     assert "memory_efficient_linear" in text
 
 
 @pytest.mark.slow
-def test_compiling_the_engine_under_zero_3(tmp_path: Path) -> None:
+def test_compiling_the_engine_under_zero_3(slow_results: list[dict[str, Any]]) -> None:
     """Dynamo traces DeepSpeed's hooks then, which takes minutes and breaks graphs; what is not chunked says why."""
-    for result in run_ranks(run_slow, 2, tmp_path, timeout=580):
-        assert "error" not in result["zero-3"], result["zero-3"]["error"]
-        assert result["zero-3"]["worst"] < 2e-6
-        assert chunked(result["zero-3"], "mlp") > 0 or "gathers" in result["zero-3"]["text"], result["zero-3"]["text"]
+    for result in of_case(slow_results, "zero-3"):
+        assert result["worst"] < 2e-6
+        assert chunked(result, "mlp") > 0 or "gathers" in result["text"], result["text"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import shutil
+import tempfile
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -17,37 +19,31 @@ from tests.engines import (
     count_collectives,
     llama,
     make_batches,
+    of_case,
     own_gradients,
-    run_cases,
+    results_of,
     small,
     true_gradients,
     worst,
 )
 from tests.harness import loss_of
-from tests.ranks import run_ranks
 
 
-def train(rank: int, world: int, *, folder: str | None = None) -> dict[str, Any]:
-    """Split the MLPs by hand, or with a ``folder`` all of a Llama by its own plan; one step without and with mst."""
-    model = small() if folder is None else llama()
+def train(rank: int, world: int, *, by_plan: bool = False) -> dict[str, Any]:
+    """Split the MLPs by hand, or all of a Llama by its own plan; one step without and with mst."""
+    model = llama() if by_plan else small()
     batch = make_batches(model, 1)[0][0]
     truth = true_gradients(model, [[batch]])
     mesh = init_device_mesh("cpu", (world,))
     result: dict[str, Any] = {}
     for system in ("plain", "mst"):
-        if folder is None:
+        if by_plan:
+            split = load_by_plan(model, rank, mesh)
+        else:
             split = small()
             for block in split.body.blocks:
                 plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
                 parallelize_module(block, mesh, plan)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            if rank == 0:
-                model.save_pretrained(folder)
-            dist.barrier()
-            split = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).train()
-            split.config.use_cache = False
         if system == "mst":
             split.compile(**MST)
         step = functools.partial(lambda fn: loss_of(fn(**batch)).backward(), split)
@@ -57,20 +53,27 @@ def train(rank: int, world: int, *, folder: str | None = None) -> dict[str, Any]
     return result
 
 
-def run_all(rank: int, world: int, folder: str) -> dict[str, Any]:
-    return run_cases({"by hand": train, "by plan": functools.partial(train, folder=folder)}, rank, world)
+def load_by_plan(model: Any, rank: int, mesh: Any) -> Any:
+    """Save a model of Transformers' and load it as its plan splits it, which only loading does."""
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    if rank == 0:
+        model.save_pretrained(folder[0])
+    dist.broadcast_object_list(folder)
+    split = transformers.AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", device_mesh=mesh).train()
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder[0])
+    split.config.use_cache = False
+    return split
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("tensor_parallel")
-    return run_ranks(run_all, 2, folder, str(folder))
+CASES = {"by hand": train, "by plan": functools.partial(train, by_plan=True)}
+results = results_of(__name__)
 
 
-@pytest.mark.parametrize("name", ["by hand", "by plan"])
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_are_right_and_reasons_given(results: list[dict[str, Any]], name: str) -> None:
-    for result in (r[name] for r in results):
-        assert "error" not in result, result["error"]
+    for result in of_case(results, name):
         assert result["mst"]["worst"] < 2e-6
         assert result["mst"]["collectives"] == result["plain"]["collectives"]
         skipped = [reason for _, status, reason in result["regions"] if status == "skipped"]

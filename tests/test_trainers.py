@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import mst_fx
+from mst_fx.lazy_logits import LazyLogits
 from tests.harness import EAGER, chunked, error
 
 OPTIONS = {**EAGER, "mst.chunk_tokens": 16}
@@ -56,9 +57,14 @@ def arguments(folder, **more):
     )  # fmt: skip
 
 
-def train(model, folder, compiled=True, resume=None, **more):
+def compile_if(compiled, model):
     if compiled:
         model.compile(backend="mst", options=OPTIONS)
+    return model
+
+
+def train(model, folder, compiled=True, resume=None, **more):
+    compile_if(compiled, model)
     trainer = transformers.Trainer(
         model, arguments(folder, **more), train_dataset=rows(), eval_dataset=rows(4), compute_metrics=accuracy
     )
@@ -130,9 +136,7 @@ def test_accelerate_loop():
     def run(compiled):
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-        model = tiny()
-        if compiled:
-            model.compile(backend="mst", options=OPTIONS)
+        model = compile_if(compiled, tiny())
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         loader = torch.utils.data.DataLoader(rows(8), batch_size=2)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -154,6 +158,40 @@ def test_accelerate_loop():
     assert chunked(mst_fx.reports()[0], "loss") == 1
 
 
+def test_accelerate_keeps_logits_lazy():
+    operations = pytest.importorskip("accelerate.utils.operations")
+    batch = {k: v[None] for k, v in rows(1)[0].items()}
+    model = tiny()
+    expected = model(**batch).logits.detach()
+    model.compile(backend="mst", options=OPTIONS)
+    wide = operations.convert_to_fp32(model(**batch))
+    assert isinstance(wide.logits, LazyLogits)
+    assert wide.logits._deferred.value is None
+    for found in (operations.gather(wide.logits), operations.pad_across_processes(wide.logits, dim=1)):
+        torch.testing.assert_close(found.detach() + 0, expected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_predicts(tmp_path, bf16):
+    """Metrics on a part of the logits; all of them as predictions, the last batch smaller than the others."""
+    seen = []
+    for compiled in (False, True):
+        model, shapes = compile_if(compiled, tiny()), []
+        trainer = transformers.Trainer(
+            model, arguments(tmp_path, bf16=bf16, eval_do_concat_batches=True), eval_dataset=rows(5),
+            compute_metrics=lambda p, shapes=shapes: shapes.append(p.predictions.shape) or {"sum": p.predictions.sum()},
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        )  # fmt: skip
+        found = trainer.evaluate()
+        assert shapes == [(5, LENGTH)]
+        logits = transformers.Trainer(model, arguments(tmp_path, bf16=bf16)).predict(rows(5)).predictions
+        seen.append((found["eval_sum"], found["eval_loss"], logits))
+    assert seen[1][1] == pytest.approx(seen[0][1], abs=2e-2 if bf16 else 1e-5)
+    np.testing.assert_allclose(seen[1][2], seen[0][2], atol=2e-2 if bf16 else 1e-5)
+    if not bf16:
+        assert seen[0][0] == seen[1][0]
+
+
 def test_lightning(tmp_path):
     need("lightning")
     import lightning
@@ -161,10 +199,8 @@ def test_lightning(tmp_path):
     class Module(lightning.LightningModule):
         def __init__(self, compiled):
             super().__init__()
-            self.model = tiny()
+            self.model = compile_if(compiled, tiny())
             self.losses = []
-            if compiled:
-                self.model.compile(backend="mst", options=OPTIONS)
 
         def training_step(self, batch, _):
             loss = self.model(**batch).loss
@@ -254,9 +290,7 @@ def test_trl_sft(tmp_path, tokenizer, lora):
     start = tiny_for(tokenizer)
 
     def run(compiled):
-        model = copy.deepcopy(start)
-        if compiled:
-            model.compile(backend="mst", options=OPTIONS)
+        model = compile_if(compiled, copy.deepcopy(start))
         torch.manual_seed(0)
         args = trl.SFTConfig(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, use_cpu=True,
@@ -290,10 +324,7 @@ def test_trl_dpo(tmp_path, tokenizer):
     start = tiny_for(tokenizer)
 
     def run(compiled):
-        model, reference = copy.deepcopy(start), copy.deepcopy(start)
-        if compiled:
-            for each in (model, reference):
-                each.compile(backend="mst", options=OPTIONS)
+        model, reference = (compile_if(compiled, copy.deepcopy(start)) for _ in range(2))
         torch.manual_seed(0)
         args = trl.DPOConfig(
             str(tmp_path), per_device_train_batch_size=2, max_steps=2, use_cpu=True, bf16=False, logging_steps=1,
