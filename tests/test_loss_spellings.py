@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.harness import EAGER, check_exact, chunked
-from tests.losses import LOSSES, Heads, head_inputs
+from tests.heads import Heads, head_inputs
+from tests.losses import LOSSES
 
 
 @pytest.mark.parametrize("name", LOSSES)
