@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", choices=WORK_OF, help="what is compared")
     parser.add_argument("--model", choices=SHAPES, help="shapes of a model; sizes given with --set win")
     parser.add_argument("--systems", help=f"comma-separated, all that fit by default; of {', '.join(SYSTEMS)}")
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, else float32")
     parser.add_argument("--set", action="append", default=[], metavar="SIZE=N", help="e.g. tokens=4096, layers=8")
     parser.add_argument(
@@ -43,21 +45,20 @@ def run_bench(args: argparse.Namespace) -> int:
     Raises:
         UsageError: On a mistake in the command line.
     """
-    if args.rows:
-        question, rows = load_rows(Path(args.rows))
-        if question.name != args.question:
-            raise UsageError(f"{args.rows} answers {question.name!r}, not {args.question!r}")
-    else:
-        question = read_question(args)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; install the extra: pip install 'mst_fx[demo]'")
+    saved = load_rows(Path(args.rows)) if args.rows else None
+    question = read_question(args) if saved is None else saved[0]
+    if question.name != args.question:
+        raise UsageError(f"{args.rows} answers {question.name!r}, not {args.question!r}")
+    if saved is None:
         plan(question)  # mistakes are told before anything runs
-        rows = _ask(question)
-        if args.out:
-            save_rows(Path(args.out), question, rows)
+    for path in (args.out, args.plot):
+        if path:
+            _check_writable(Path(path))
+    rows = _ask(question, args.out) if saved is None else saved[1]
     if args.plot:
-        try:
-            plot(question, rows, Path(args.plot))
-        except ImportError as e:
-            raise UsageError(f"{e}; install the extra: pip install 'mst_fx[demo]'") from e
+        plot(question, rows, Path(args.plot))
     header, lines = table(question, rows)
     if args.format == "markdown":
         sys.stdout.write(f"{summary(question, rows)}\n\n{markdown(header, lines)}\n")
@@ -69,7 +70,10 @@ def run_bench(args: argparse.Namespace) -> int:
 def read_question(args: argparse.Namespace) -> Question:
     """Return what the command line asks, defaults filled in."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lengths = tuple(int(n) for n in args.lengths.split(",")) if args.lengths else ()
+    try:
+        lengths = tuple(int(n) for n in args.lengths.split(",")) if args.lengths else ()
+    except ValueError as e:
+        raise UsageError(f"--lengths {args.lengths}: numbers with commas between") from e
     return Question(
         args.question, device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"), args.model,
         tuple(args.systems.split(",")) if args.systems else (), parse_pairs(args.set), parse_pairs(args.option),
@@ -77,23 +81,41 @@ def read_question(args: argparse.Namespace) -> Question:
     )  # fmt: skip
 
 
-def _ask(question: Question) -> list[dict[str, Any]]:
+def _check_writable(path: Path) -> None:
+    """Raise unless a file can be written there; folders on the way are made when it is."""
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())).close()
+    except OSError as e:
+        raise UsageError(f"{path} can't be written: {e.strerror}") from e
+
+
+def _ask(question: Question, out: str | None) -> list[dict[str, Any]]:
+    """Run the cells with a progress bar; rows are saved as they come."""
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if out:
+            save_rows(Path(out), question, rows)
+
     try:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        return ask(question, lambda label, i, n: _line(f"mst-fx bench: {i + 1} of {n}, {label}") if i < n else None)
+        return ask(question, _say, keep)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(question.name, total=None)
 
-        def show(label: str, done: int, total: int) -> None:
+        def advance(label: str, done: int, total: int) -> None:
             bar.update(task, description=f"{question.name}: {label}", completed=done, total=total)
 
-        return ask(question, show)
+        return ask(question, advance, keep)
 
 
-def _line(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+def _say(label: str, done: int, total: int) -> None:
+    if done < total:
+        sys.stderr.write(f"mst-fx bench: {done + 1} of {total}, {label}\n")
 
 
 def _print(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:

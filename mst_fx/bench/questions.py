@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mst_fx.bench.systems import SYSTEMS
-from mst_fx.bench.works import SHAPES
-from mst_fx.config import did_you_mean
+from mst_fx.bench.works import SHAPES, check_sizes, flops_of, sizes_of
+from mst_fx.config import Config, did_you_mean
 from mst_fx.measure import MALLOC_ENV, prepare_compiler
 from mst_fx.models import UsageError
 
@@ -33,8 +33,12 @@ SYSTEMS_OF = {
     "compile": ["inductor", "mst"],
 }
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16384, 32768, 65536, 131072)}
-CPU_PARAMETERS = 10**9
-"""More parameters than this are not trained on a CPU by mistake."""
+GRACE_SECONDS = 60
+"""With ``minutes``: how much longer the last cell may take."""
+CPU_FLOPS = 2 * 10**13
+"""More than this a step (minutes) is not run on a CPU by mistake."""
+SMALLER = ("seq_len", "tokens", "hidden", "intermediate", "vocab", "layers", "heads", "kv_heads")
+"""Sizes that are named to one whose work is too large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Question:
     steps: int = 3
     rounds: int = 1
     minutes: float | None = None
-    """Start no cell after this many minutes; cells not started are rows that say so."""
+    """Start no cell after this many minutes, stop the last one a minute later; such cells are rows that say so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,8 @@ def plan(question: Question) -> list[Cell]:
     """List the cells in the order in which they run: systems by turns.
 
     Raises:
-        UsageError: If a name is not known, or the model is too large for the device.
+        UsageError: If a name or size can't be, or the work is too large for the device.
+        OptionError: On a bad option of mst.
     """
     unknown = [s for s in question.systems if s not in SYSTEMS]
     if unknown:
@@ -82,7 +87,7 @@ def plan(question: Question) -> list[Cell]:
         if question.model not in SHAPES:
             raise UsageError(f"unknown model {question.model!r}; known: {', '.join(SHAPES)}")
         shapes = {**SHAPES[question.model][WORK_OF[question.name]], **shapes}
-    _check_size(question, shapes)
+    _check(question, shapes)
     if question.name == "model":
         shapes = {"adamw": True, **shapes}
         variants = [{}, {"checkpointing": True}] if "checkpointing" not in shapes else [{}]
@@ -99,27 +104,44 @@ def plan(question: Question) -> list[Cell]:
     return [Cell(s, {**shapes, **v}) for _ in range(question.rounds) for v in variants for s in systems]
 
 
-def _check_size(question: Question, shapes: dict[str, Any]) -> None:
+def _check(question: Question, shapes: dict[str, Any]) -> None:
+    """Raise ``UsageError`` on what can't be run, before anything is."""
     if question.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("no CUDA device here; leave out --device, or run it on a machine that has one")
-    hidden, layers = shapes.get("hidden", 512), shapes.get("layers", 4)
-    count = 2 * shapes.get("vocab", 32000) * hidden
-    shared = shapes.get("kv_heads", 2) / shapes.get("heads", 8)
-    count += int(layers * hidden * (3 * shapes.get("intermediate", 1792) + 2 * hidden * (1 + shared)))
-    if WORK_OF[question.name] == "llama" and question.device == "cpu" and count > CPU_PARAMETERS:
-        raise UsageError(
-            f"{count / 1e9:.1f} billion parameters are too many for a CPU; run it on a CUDA device, or make it small: "
-            "--set hidden=512 --set intermediate=1792 --set layers=4 --set heads=8 --set kv_heads=2 --set vocab=32000 "
-            "--set seq_len=1024"
-        )
+    for name, value in (
+        ("steps", question.steps),
+        ("rounds", question.rounds),
+        *(("lengths", n) for n in question.lengths),
+    ):
+        if value < 1:
+            raise UsageError(f"--{name} {value}: at least 1")
+    if question.lengths and question.name != "length":
+        token_size = "tokens" if "tokens" in sizes_of(WORK_OF[question.name]) else "seq_len"
+        raise UsageError(f"--lengths goes with `length`; for {question.name}: --set {token_size}=N")
+    Config.parse({f"mst.{k}": v for k, v in question.options.items()})
+    work = WORK_OF[question.name]
+    for length in question.lengths or (None,):
+        sizes = check_sizes(work, shapes if length is None else {**shapes, "seq_len": length})
+        parameters, flops = flops_of(work, sizes)
+        if question.device == "cpu" and flops > CPU_FLOPS:
+            small = " ".join(f"--set {k}={v}" for k, v in sizes_of(work).items() if k in shapes and k in SMALLER)
+            raise UsageError(
+                f"{parameters / 1e9:.2g} billion parameters and {flops / 1e12:.0f} TFLOP a step are too much for "
+                f"a CPU; run it on a machine with a CUDA device, or make it smaller{': ' if small else ''}{small}"
+            )
 
 
-def ask(question: Question, progress: Callable[[str, int, int], None] | None = None) -> list[Row]:
+def ask(
+    question: Question,
+    progress: Callable[[str, int, int], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
     """Run every cell in a process of its own and return the rows.
 
     Args:
         question: What to run.
         progress: Called with what runs now, cells done, cells in all.
+        keep: Called with the rows so far after every cell: an interrupted run keeps what it has.
     """
     cells, rows = plan(question), []
     prepare_compiler(dict(os.environ))
@@ -132,12 +154,15 @@ def ask(question: Question, progress: Callable[[str, int, int], None] | None = N
             )
             if progress is not None:
                 progress(label, i, len(cells))
-            if question.minutes is not None and time.monotonic() - started > 60 * question.minutes:
+            left = None if question.minutes is None else 60 * question.minutes - (time.monotonic() - started)
+            if left is not None and left < 0:
                 rows.append({**_blank(question, cell), "reason": f"not started within {question.minutes:g} minutes"})
-                continue
-            if cell.caches == "cold":
-                folder = tempfile.mkdtemp(dir=root)
-            rows.append(run_cell(question, cell, folder))
+            else:
+                if cell.caches == "cold":
+                    folder = tempfile.mkdtemp(dir=root)
+                rows.append(run_cell(question, cell, folder, seconds=None if left is None else left + GRACE_SECONDS))
+            if keep is not None:
+                keep(rows)
         if progress is not None:
             progress("done", len(cells), len(cells))
     return rows
@@ -150,15 +175,18 @@ def _blank(question: Question, cell: Cell) -> Row:
     }  # fmt: skip
 
 
-def run_cell(question: Question, cell: Cell, caches: str, *extra: str) -> Row:
-    """Run one cell in a process of its own; one that dies is a row with the reason."""
+def run_cell(question: Question, cell: Cell, caches: str, *extra: str, seconds: float | None = None) -> Row:
+    """Run one cell in a process of its own; one that dies, or takes longer than it may, is a row with the reason."""
     pairs = [("--set", cell.shapes), ("--option", question.options if cell.system.startswith(("mst", "chunk")) else {})]
     given = [a for flag, values in pairs for k, v in values.items() for a in (flag, f"{k}={json.dumps(v)}")]
     command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.cell", WORK_OF[question.name],
                "--system", cell.system, "--dtype", question.dtype, "--device", question.device,
                "--steps", str(question.steps), *given, *extra]  # fmt: skip
     environment = {**os.environ, **MALLOC_ENV, "TORCHINDUCTOR_CACHE_DIR": caches}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {**_blank(question, cell), "reason": f"stopped after {seconds:.0f} s: out of time"}
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
         killed = "killed by the system: out of memory" if done.returncode == -9 else last

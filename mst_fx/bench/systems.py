@@ -64,13 +64,13 @@ def torch_linear_ce(work: Work, options: Mapping[str, Any]) -> Function:
 
 def liger(work: Work, options: Mapping[str, Any]) -> Function:
     """Liger's fused linear cross-entropy, its tiled MLP, or its patches of a model."""
+    if work.name == "mlp":  # in plain PyTorch, but the package imports Triton
+        tiled = _optional("liger_kernel.ops.tiled_mlp", "liger-kernel").apply_tiled_mlp
+        return lambda x: tiled(lambda module, rows: module(rows), work.module, x)
     _needs_cuda(work, "Liger's kernels are Triton's")
     if work.name == "head":
         loss = _optional("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
         return lambda hidden, labels: loss(work.module.weight, hidden.flatten(0, 1), labels.flatten())
-    if work.name == "mlp":
-        tiled = _optional("liger_kernel.ops.tiled_mlp", "liger-kernel").apply_tiled_mlp
-        return lambda x: tiled(lambda module, rows: module(rows), work.module, x)
     patch = _optional("liger_kernel.transformers", "liger-kernel").apply_liger_kernel_to_llama
     patch(model=work.module)
     return work.module

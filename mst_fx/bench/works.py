@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from mst_fx.config import did_you_mean
+from mst_fx.models import UsageError
 
 
 @dataclasses.dataclass
@@ -134,3 +138,44 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     }
 }
 """Shapes of a model by the name ``--model`` gives it, per work."""
+
+
+def sizes_of(work: str) -> dict[str, int | bool]:
+    """Return the sizes that a work takes, with their defaults."""
+    found = inspect.signature(WORKS[work]).parameters.values()
+    return {p.name: p.default for p in found if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+def check_sizes(work: str, given: Mapping[str, Any]) -> dict[str, int | bool]:
+    """Return a work's sizes, defaults filled in.
+
+    Raises:
+        UsageError: If one is not known, is no positive number, or does not go with another.
+    """
+    known = sizes_of(work)
+    for name, value in given.items():
+        if name not in known:
+            raise UsageError(f"{work} has no size {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise UsageError(f"--set {name}={value}: true or false")
+        if not isinstance(known[name], bool) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"--set {name}={value}: a number of at least 1")
+    sizes = {**known, **given}
+    for whole, part in (("tokens", "batch"), ("hidden", "heads"), ("heads", "kv_heads")):
+        if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
+            raise UsageError(f"{whole} {sizes[whole]} can't be divided by {part} {sizes[part]}")
+    return sizes
+
+
+def flops_of(work: str, sizes: Mapping[str, int | bool]) -> tuple[int, int]:
+    """Return the parameters of a work and about the FLOPs of one step, attention left out."""
+    hidden = sizes["hidden"]
+    if work == "head":
+        parameters = sizes["vocab"] * hidden
+    elif work == "mlp":
+        parameters = 3 * hidden * sizes["intermediate"]
+    else:
+        attention = 2 * hidden * hidden * (sizes["heads"] + sizes["kv_heads"]) // sizes["heads"]
+        parameters = 2 * sizes["vocab"] * hidden + sizes["layers"] * (3 * hidden * sizes["intermediate"] + attention)
+    tokens = sizes["tokens"] if "tokens" in sizes else sizes["batch"] * sizes["seq_len"]
+    return parameters, 6 * parameters * tokens
