@@ -64,12 +64,13 @@ class Cells:
     shapes: dict[str, Any]
     error: bool = False
     rounds: int = 1
+    steps: int = 1
     warm: bool = False
     """Run every cell a second time on the caches of the first."""
 
     def run(self, steps: int, clock: str) -> Rows:
         """Run the cells, systems by turns."""
-        question = Question({"llama": "model"}.get(self.work, self.work), "cpu", self.dtype, steps=1)
+        question = Question({"llama": "model"}.get(self.work, self.work), "cpu", self.dtype, steps=self.steps)
         extra = ["--error"] if self.error else []
         rows: Rows = {}
         with tempfile.TemporaryDirectory() as root:
@@ -120,6 +121,10 @@ print(json.dumps(sum(v for k, v in found.items() if k.endswith(("_miss", "_bypas
 """
 
 CHECKPOINTING = {"checkpointing": True}
+HALF = {"hidden": 256, "intermediate": 896, "vocab": 16000, "heads": 4}
+"""The reference llama at half the width, for the picture: the same shares at a quarter of the work."""
+LENGTHS_SHOWN = (1024, 2048, 4096, 8192, 16384)
+LENGTH_SYSTEMS = ("inductor", "inductor+checkpoint", "mst", "mst+checkpoint")
 MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "head-fp32": Turns("head", "float32", ("inductor", "mst"), {}),
     "head-fp32-batch2": Turns("head", "float32", ("inductor", "mst"), {"batch": 2}),
@@ -140,6 +145,12 @@ MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
     "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
     "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, warm=True),
+    **{
+        f"length-{n}": Cells("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}, steps=0) for n in LENGTHS_SHOWN
+    },
+    **{
+        f"length-{n}-time": Turns("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}) for n in LENGTHS_SHOWN[:4]
+    },
     "lengths": Script(SMALL_LLAMA + LENGTHS),
     "caches": Script(SMALL_LLAMA + MISSES, times=2),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mst_fx.bench.questions import Question, load_rows, plan, save_rows
+from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
 from mst_fx.bench.works import WORKS, head, mlp
@@ -19,7 +19,9 @@ TINY: dict[str, Any] = {
     "head": {"tokens": 40, "hidden": 16, "vocab": 96},
     "mlp": {"tokens": 40, "hidden": 16, "intermediate": 48},
 }
-COMPILED = ("inductor", "inductor+checkpoint", "auto_chunker", "cut-cross-entropy", "mst", "mst parameter")
+COMPILED = (
+    "inductor", "inductor+checkpoint", "auto_chunker", "cut-cross-entropy", "mst", "mst parameter", "mst+checkpoint",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("work", TINY)
@@ -37,6 +39,18 @@ def test_every_eager_system_does_the_same_work(work: str, system: str) -> None:
     made.step(made.module)
     for name, gradient in made.gradients().items():
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_checkpointing_as_a_system_trains_the_same_weights() -> None:
+    made = WORKS["llama"](seq_len=32, layers=1, hidden=32, intermediate=64, vocab=96, heads=2, **CPU)
+    for system in ("inductor+checkpoint", "mst+checkpoint"):
+        fn = SYSTEMS[system](made, {})
+        assert fn._orig_mod is not made.module
+        assert fn._orig_mod.is_gradient_checkpointing
+        assert {id(p) for p in fn._orig_mod.parameters()} == {id(p) for p in made.module.parameters()}
+    assert not made.module.is_gradient_checkpointing
+    with pytest.raises(UnavailableError, match="no layers to checkpoint"):
+        SYSTEMS["mst+checkpoint"](head(**TINY["head"], **CPU), {})
 
 
 def test_what_cannot_run_says_why() -> None:
@@ -57,7 +71,7 @@ def test_systems_take_turns_and_rounds_repeat() -> None:
 
 def test_mistakes_are_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "model", "--model", "llama3-8b", "--device", "cpu"]) == 2
-    assert "8.0 billion parameters are too many for a CPU" in capsys.readouterr().err
+    assert "8 billion parameters and 395 TFLOP a step are too much for a CPU" in capsys.readouterr().err
     assert main(["bench", "head", "--systems", "indoctor", "--device", "cpu"]) == 2
     assert "Did you mean 'inductor'" in capsys.readouterr().err
     if not torch.cuda.is_available():
@@ -65,6 +79,48 @@ def test_mistakes_are_told_before_anything_runs(capsys: pytest.CaptureFixture[st
             plan(Question("head", "cuda", "bfloat16"))
     assert main(["bench", "head", "--rows", "/nowhere.json"]) == 2
     assert "holds no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("head --set tokenz=5", "no size 'tokenz'. Did you mean 'tokens'"),
+        ("head --set tokens=many", "a number of at least 1"),
+        ("head --set tokens=5 --set batch=2", "tokens 5 can't be divided by batch 2"),
+        ("mlp --model llama3-8b", "TFLOP a step are too much for a CPU"),
+        ("length --lengths 1K", "numbers with commas between"),
+        ("length --lengths 1024,99999999", "TFLOP a step are too much for a CPU"),
+        ("head --lengths 64", "--set tokens=N"),
+        ("model --set checkpointing=1", "true or false"),
+        ("head --option chunks=3", "Did you mean 'mst.chunk_tokens'"),
+        ("head --steps 0", "--steps 0: at least 1"),
+        ("head --out .", "can't be written: Is a directory"),
+        ("head --plot tests/conftest.py/plot.png", "can't be written: Not a directory"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    given: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mst_fx.bench.command.ask", lambda *_: pytest.fail("work began"))
+    assert main(["bench", *given.split(), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert told in said
+    assert "\n" not in said
+
+
+def test_a_cell_that_takes_too_long_is_a_row() -> None:
+    question = Question("mlp", "cpu", "float32", shapes=TINY["mlp"])
+    row = run_cell(question, plan(question)[0], "/nowhere", seconds=0.1)
+    assert "out of time" in row["reason"]
+    assert row["system"] == "eager"
+
+
+def test_rows_are_saved_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mst_fx.bench.questions.prepare_compiler", lambda env: None)
+    monkeypatch.setattr("mst_fx.bench.questions.run_cell", lambda q, cell, *_, **__: row(cell.system))
+    kept: list[int] = []
+    ask(Question("head", "cpu", "float32", systems=("eager", "mst")), keep=lambda rows: kept.append(len(rows)))
+    assert kept == [1, 2]
 
 
 def row(system: str, **values: Any) -> dict[str, Any]:

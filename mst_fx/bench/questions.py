@@ -26,10 +26,10 @@ Row = dict[str, Any]
 WORK_OF = {"head": "head", "mlp": "mlp", "model": "llama", "length": "llama", "compile": "llama"}
 """Question -> work."""
 SYSTEMS_OF = {
-    "head": [s for s in SYSTEMS if s not in ("inductor+checkpoint", "chunk checkpoint")],
-    "mlp": [s for s in SYSTEMS if s not in ("F.linear_cross_entropy", "cut-cross-entropy")],
+    "head": [s for s in SYSTEMS if s not in ("inductor+checkpoint", "chunk checkpoint", "mst+checkpoint")],
+    "mlp": [s for s in SYSTEMS if s not in ("F.linear_cross_entropy", "cut-cross-entropy", "mst+checkpoint")],
     "model": ["eager", "inductor", "auto_chunker", "liger", "mst"],
-    "length": ["inductor", "mst"],
+    "length": ["inductor", "inductor+checkpoint", "mst", "mst+checkpoint"],
     "compile": ["inductor", "mst"],
 }
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16384, 32768, 65536, 131072)}
@@ -92,7 +92,6 @@ def plan(question: Question) -> list[Cell]:
         shapes = {"adamw": True, **shapes}
         variants = [{}, {"checkpointing": True}] if "checkpointing" not in shapes else [{}]
     elif question.name == "length":
-        shapes = {"checkpointing": True, **shapes}
         variants = [{"seq_len": n} for n in question.lengths or LENGTHS[question.device.split(":")[0]]]
     elif question.name == "compile":
         return [

@@ -6,6 +6,7 @@ can't run here raises ``UnavailableError`` with the reason, which becomes its ro
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,9 +36,10 @@ def inductor(work: Work, options: Mapping[str, Any]) -> Function:
 
 
 def inductor_checkpoint(work: Work, options: Mapping[str, Any]) -> Function:
-    """``torch.compile`` with the block under torch's checkpointing."""
-    _only(work, "mlp")
-    return torch.compile(lambda x: checkpoint(work.module, x, use_reentrant=False))
+    """``torch.compile`` with the block under torch's checkpointing, or the model under its own."""
+    if work.name == "mlp":
+        return torch.compile(lambda x: checkpoint(work.module, x, use_reentrant=False))
+    return torch.compile(_checkpointed(work))
 
 
 def auto_chunker(work: Work, options: Mapping[str, Any]) -> Function:
@@ -125,6 +127,11 @@ def mst_parameter(work: Work, options: Mapping[str, Any]) -> Function:
     return mst(work, {**options, "accumulate": "parameter"})
 
 
+def mst_checkpoint(work: Work, options: Mapping[str, Any]) -> Function:
+    """The model under its gradient checkpointing, and ours."""
+    return torch.compile(_checkpointed(work), backend="mst", options={f"mst.{k}": v for k, v in options.items()})
+
+
 SYSTEMS: dict[str, System] = {
     "eager": eager,
     "inductor": inductor,
@@ -137,12 +144,22 @@ SYSTEMS: dict[str, System] = {
     "mst wrapper": mst_wrapper,
     "mst": mst,
     "mst parameter": mst_parameter,
+    "mst+checkpoint": mst_checkpoint,
 }
 
 
 def _only(work: Work, name: str) -> None:
     if work.name != name:
         raise UnavailableError(f"does the {name} alone")
+
+
+def _checkpointed(work: Work) -> torch.nn.Module:
+    """Return the model with its gradient checkpointing on; the weights are the same tensors."""
+    if not hasattr(work.module, "gradient_checkpointing_enable"):
+        raise UnavailableError(f"{work.name} has no layers to checkpoint")
+    model = copy.deepcopy(work.module, {id(p): p for p in work.module.parameters()})
+    model.gradient_checkpointing_enable()
+    return model
 
 
 def _device(work: Work) -> str:
