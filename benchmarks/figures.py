@@ -5,6 +5,7 @@
     python -m benchmarks.figures --list
     python -m benchmarks.figures --table        # measure nothing: the table of saved rows
     python -m benchmarks.figures --readme       # the same, into README.md
+    python -m benchmarks.figures --plots        # the picture of peak and time over length, from saved rows
 
 Times are step times by turns in one process; ratios are medians over rounds. On a machine that others use give
 ``--clock cpu``: one thread, processor time. Peaks, errors and first steps are cells, each a process of its own.
@@ -124,7 +125,14 @@ CHECKPOINTING = {"checkpointing": True}
 HALF = {"hidden": 256, "intermediate": 896, "vocab": 16000, "heads": 4}
 """The reference llama at half the width, for the picture: the same shares at a quarter of the work."""
 LENGTHS_SHOWN = (1024, 2048, 4096, 8192, 16384)
-LENGTH_SYSTEMS = ("inductor", "inductor+checkpoint", "mst", "mst+checkpoint")
+SERIES = {
+    "inductor": ("plain", "tab:blue", "-"),
+    "inductor+checkpoint": ("checkpointing", "tab:blue", "--"),
+    "mst": ("mst", "tab:orange", "-"),
+    "mst+checkpoint": ("mst + checkpointing", "tab:orange", "--"),
+}
+"""System -> what the picture calls it, colour, line."""
+LENGTH_SYSTEMS = tuple(SERIES)
 MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "head-fp32": Turns("head", "float32", ("inductor", "mst"), {}),
     "head-fp32-batch2": Turns("head", "float32", ("inductor", "mst"), {"batch": 2}),
@@ -190,12 +198,12 @@ class Figure:
 
 
 def _time(name: str, system: str, base: str) -> Callable[[], float]:
-    def value() -> float:
-        rows = _rows(name)
-        times = rows["cpu_s" if rows["clock"] == "cpu" else "steps_s"]
-        return statistics.median(a / b for a, b in zip(times[system], times[base], strict=True))
+    return lambda: _median_ratio(_rows(name), system, base)
 
-    return value
+
+def _median_ratio(rows: Rows, system: str, base: str) -> float:
+    times = rows["cpu_s" if rows["clock"] == "cpu" else "steps_s"]
+    return statistics.median(a / b for a, b in zip(times[system], times[base], strict=True))
 
 
 def _cells(name: str, system: str, base: str, key: str) -> Callable[[], float]:
@@ -283,6 +291,47 @@ def write_readme() -> None:
     replace_table("figures", [*table, *(f"| {' | '.join(line)} |" for line in lines())])
 
 
+def draw_lengths(path: Path) -> list[int]:
+    """Draw peak memory and step time over sequence length from saved rows; return the lengths that have rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {n: (load(f"length-{n}"), load(f"length-{n}-time")) for n in LENGTHS_SHOWN}
+    peaks = {n: rows for n, (rows, _) in found.items() if rows is not None}
+    times = {n: rows for n, (_, rows) in found.items() if rows is not None}
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.35, 1))
+        for system, (label, colour, line) in SERIES.items():
+            style: dict[str, Any] = {
+                "color": colour,
+                "linestyle": line,
+                "marker": "o",
+                "markersize": 4,
+                "linewidth": 1.8,
+            }
+            own = [(n, statistics.median(r["peak_bytes"] for r in rows[system]) / 2**20) for n, rows in peaks.items()]
+            left.plot(*zip(*own, strict=True), **style)
+            left.annotate(f"{label}, {own[-1][1]:.0f} MiB", own[-1], (6, 0), textcoords="offset points", color=colour,
+                          va="center", annotation_clip=False)  # fmt: skip
+            ratios = [(n, _median_ratio(rows, system, "inductor")) for n, rows in times.items()]
+            right.plot(*zip(*ratios, strict=True), **style)
+        left.set(ylabel="peak of a step over its start, MiB", ylim=(0, None), xlim=(0, max(peaks) * 1.02))
+        right.set(ylabel="step time, by plain Inductor", ylim=(0, None), xscale="log")
+        right.set_xticks(list(times), [f"{n // 1024}K" for n in times])
+        right.minorticks_off()
+        left.set_xticks(list(peaks), [f"{n // 1024}K" if n > 1024 else "" for n in peaks])
+        for axes in (left, right):
+            axes.set_xlabel("sequence length")
+            axes.grid(axis="y", color="0.9")
+            axes.set_axisbelow(True)
+        figure.tight_layout(w_pad=9)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+    return list(peaks)
+
+
 def replace_table(name: str, table: list[str]) -> None:
     """Put a table between the markers that the README has for it."""
     readme = Path(__file__).parent.parent / "README.md"
@@ -300,12 +349,16 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--plots", action="store_true")
     args = parser.parse_args()
     if args.list:
         Console().print("\n".join(MEASUREMENTS))
         return
     if args.readme:
         write_readme()
+        return
+    if args.plots:
+        Console().print(f"length.png: S {', '.join(map(str, draw_lengths(RESULTS / 'length.png')))}")
         return
     if not args.table:
         wanted = [n for n in MEASUREMENTS if not args.names or n.startswith(tuple(args.names))]

@@ -5,7 +5,8 @@
 
 ``head``, ``mlp`` and ``model`` first compare the gradients of a smaller work with fp64, then ask ``mst-fx bench``.
 ``longest`` looks for the longest sequence that trains in 80 GB (or ``--gigabytes``; 0 for the whole card) with
-checkpointing and AdamW stepped inside the backward: S doubles until a step fails, then the gap is halved twice.
+checkpointing and AdamW stepped inside the backward, compiled by layer: S doubles until memory runs out, then the gap
+is halved twice.
 Rows are saved as ``benchmarks/results/gpu-QUESTION.json``.
 """
 
@@ -13,25 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+import mst_fx
 from mst_fx.bench.cell import device_name, timed_step, versions
-from mst_fx.bench.questions import Cell, Question, ask, run_cell, save_rows
-from mst_fx.bench.systems import SYSTEMS
+from mst_fx.bench.questions import GRACE_SECONDS, Cell, Question, ask, environment, run_cell, save_rows
 from mst_fx.bench.tables import summary, table
 from mst_fx.bench.works import LLAMA3_8B, WORKS
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = 8.0
+OUT_OF_MEMORY = "out of memory"
 TINY: dict[str, dict[str, Any]] = {
     "head": {"tokens": 512, "hidden": 64, "vocab": 2000},
     "mlp": {"tokens": 512, "hidden": 64, "intermediate": 224},
@@ -52,6 +56,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     parser.add_argument("--gigabytes", type=float, default=80.0)
     parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--systems", default="mst,inductor", help="for longest: mst, inductor or both")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -66,13 +71,13 @@ def main() -> int:
 
 def measure(args: argparse.Namespace) -> int:
     """Check the gradients on a smaller work, then measure every system."""
-    name, console = args.question, Console(width=130)
-    checked = _check(args)
+    name, console, started = args.question, Console(width=130), time.monotonic()
+    good, told = _check(args)
     shapes = TINY[name] if args.tiny else {}
     systems = ("inductor", "mst") if name == "model" else ()
     options = {"chunk_tokens": 128} if args.tiny else {}
     question = Question(name, args.device, "bfloat16", None if args.tiny else "llama3-8b", systems, shapes, options,
-                        minutes=args.minutes)  # fmt: skip
+                        minutes=args.minutes - (time.monotonic() - started) / 60)  # fmt: skip
     rows = ask(question, lambda label, i, n: sys.stderr.write(f"{i} of {n}: {label}\n"))
     save_rows(RESULTS / f"gpu-{name}{'-tiny' if args.tiny else ''}.json", question, rows)
     header, lines = table(question, rows)
@@ -80,8 +85,8 @@ def measure(args: argparse.Namespace) -> int:
     for line in lines:
         shown.add_row(*line)
     console.print(shown)
-    console.print(checked[1])
-    return 0 if checked[0] else 1
+    console.print(told)
+    return 0 if good else 1
 
 
 def _check(args: argparse.Namespace) -> tuple[bool, str]:
@@ -91,9 +96,8 @@ def _check(args: argparse.Namespace) -> tuple[bool, str]:
     question = Question(name, args.device, "bfloat16", options={"chunk_tokens": 128 if args.tiny else 512}, steps=1)
     errors = {}
     for system in ("inductor", "mst"):
-        row = run_cell(
-            question, Cell(system, shapes), os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp/mst-gpu"), "--error"
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            row = run_cell(question, Cell(system, shapes), folder, "--error")
         if "reason" in row:
             return False, f"check: {system} failed: {row['reason']}"
         errors[system] = row["gradient_error"]
@@ -108,18 +112,20 @@ def _check(args: argparse.Namespace) -> tuple[bool, str]:
 
 
 def longest(args: argparse.Namespace) -> int:
-    """Find the longest sequence of each system."""
+    """Find the longest sequence of each system; the first gets most of the time."""
     rows: list[dict[str, Any]] = []
-    systems = ("mst", "inductor")
+    systems = args.systems.split(",")
+    started = time.monotonic()
     for i, system in enumerate(systems):
-        until = time.monotonic() + 60 * args.minutes * (0.7 if i == 0 else 0.3)
-        good, bad, length = 0, 0, 256 if args.tiny else 16384
-        halvings = 0
+        until = started + 60 * args.minutes * (0.7 if i == 0 and len(systems) > 1 else 1)
+        good, bad, length, halvings = 0, 0, 256 if args.tiny else 16384, 0
         while time.monotonic() < until and halvings < 3:
-            row = _trial_apart(args, system, length)
+            row = _trial_apart(args, system, length, until - time.monotonic() + GRACE_SECONDS)
             told = row.get("reason") or f"{row['step_s']:.1f} s"
             sys.stderr.write(f"{system} at S {length}: {told}\n")
             rows.append(row)
+            if row.get("reason", OUT_OF_MEMORY) != OUT_OF_MEMORY:
+                break
             good, bad = (good, length) if "reason" in row else (length, bad)
             halvings += bool(bad)
             length = 2 * length if not bad else (good + bad) // 2 // 256 * 256
@@ -127,34 +133,72 @@ def longest(args: argparse.Namespace) -> int:
                 break
     shown = Table("system", "longest S that trained", "shortest that did not", "s a step there", "peak GB")
     for system in systems:
-        own = [r for r in rows if r["system"] == system]
-        fits = max((r for r in own if "reason" not in r), key=lambda r: r["seq_len"], default=None)
-        fails = min((r["seq_len"] for r in own if "reason" in r), default=None)
-        cells = (
-            ("none", "", "")
-            if fits is None
-            else (str(fits["seq_len"]), f"{fits['step_s']:.1f}", f"{fits['peak_gb']:.1f}")
-        )
-        shown.add_row(system, cells[0], "not reached" if fails is None else str(fails), *cells[1:])
+        shown.add_row(system, *_longest_of([r for r in rows if r["system"] == system]))
     path = RESULTS / f"gpu-longest{'-tiny' if args.tiny else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"gigabytes": args.gigabytes, "rows": rows}, indent=1) + "\n")
     Console(width=130).print(shown)
-    return 0
+    return 0 if any("reason" not in r for r in rows) else 1
 
 
-def _trial_apart(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
+def _longest_of(rows: list[dict[str, Any]]) -> tuple[str, str, str, str]:
+    fits = max((r for r in rows if "reason" not in r), key=lambda r: r["seq_len"], default=None)
+    full = min((r["seq_len"] for r in rows if r.get("reason") == OUT_OF_MEMORY), default=None)
+    other = next((r["reason"] for r in rows if r.get("reason", OUT_OF_MEMORY) != OUT_OF_MEMORY), "not reached")
+    most = other if full is None else str(full)
+    if fits is None:
+        return "none", most, "", ""
+    return str(fits["seq_len"]), most, f"{fits['step_s']:.1f}", f"{fits['peak_gb']:.1f}"
+
+
+def _trial_apart(args: argparse.Namespace, system: str, length: int, seconds: float) -> dict[str, Any]:
     tiny = ["--tiny"] if args.tiny else []
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "longest", "--device", args.device, *tiny,
                "--gigabytes", str(args.gigabytes), "--trial", f"{system}:{length}"]  # fmt: skip
-    env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        reason = (
-            "out of memory" if "out of memory" in done.stderr.lower() else done.stderr.strip().splitlines()[-1][:200]
+    named = {"system": system, "seq_len": length}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment(args.device), check=False, timeout=seconds
         )
-        return {"system": system, "seq_len": length, "reason": reason}
+    except subprocess.TimeoutExpired:
+        return {**named, "reason": f"out of time at S {length}"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {**named, "reason": OUT_OF_MEMORY if OUT_OF_MEMORY in done.stderr.lower() else last[:200]}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer with its checkpointing inside, so that both are in one graph."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+def by_layer(model: Any, system: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile every layer, and head with loss, apart.
+
+    One graph for all would hand over all weight gradients at its end, and an optimizer inside the backward would
+    free none of them before.
+    """
+    backend = {"backend": "mst", "options": {f"mst.{k}": v for k, v in options.items()}} if system == "mst" else {}
+    model.model.layers = torch.nn.ModuleList(map(Layer, model.model.layers))
+    for layer in model.model.layers:
+        layer.compile(**backend)
+
+    def loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model.loss_function(logits=model.lm_head(hidden), labels=labels, vocab_size=model.config.vocab_size)
+
+    head = torch.compile(loss, **backend)
+
+    def run(input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=head(model.model(input_ids=input_ids).last_hidden_state, labels))
+
+    return run
 
 
 def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
@@ -168,7 +212,7 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
     shapes = {**TINY["model"]} if args.tiny else {**LLAMA3_8B}
     shapes |= {"seq_len": length, "checkpointing": True}
     work = WORKS["llama"](**shapes, dtype=torch.bfloat16, device=args.device)
-    optimizers = {p: torch.optim.AdamW([p], lr=1e-5, foreach=False) for p in work.module.parameters()}
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-5, foreach=False, fused=cuda) for p in work.module.parameters()}
 
     def step_now(parameter: torch.Tensor) -> None:
         optimizers[parameter].step()
@@ -176,11 +220,16 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
 
     for parameter in optimizers:
         parameter.register_post_accumulate_grad_hook(step_now)
-    fn = SYSTEMS[system](work, {"chunk_tokens": 128} if args.tiny else {})
+    torch._dynamo.config.recompile_limit = 64
+    fn = by_layer(work.module, system, {"chunk_tokens": 128} if args.tiny else {})
     first, step = (timed_step(work, fn, args.device) for _ in range(2))
     peak = torch.cuda.max_memory_allocated() if cuda else 0
+    kinds = sorted(
+        region.kind for report in mst_fx.reports() for region in report.regions if region.status == "chunked"
+    )
     return {"system": system, "seq_len": length, "first_s": first, "step_s": step, "tokens_per_s": length / step,
             "peak_gb": peak / 1e9, "reserved_gb": (torch.cuda.max_memory_reserved() if cuda else 0) / 1e9,
+            "chunked": kinds, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "shapes": shapes, "device": device_name(args.device), "versions": versions()}  # fmt: skip
 
 

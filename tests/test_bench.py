@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import mst_fx
+from benchmarks.gpu import by_layer
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
@@ -51,6 +53,27 @@ def test_checkpointing_as_a_system_trains_the_same_weights() -> None:
     assert not made.module.is_gradient_checkpointing
     with pytest.raises(UnavailableError, match="no layers to checkpoint"):
         SYSTEMS["mst+checkpoint"](head(**TINY["head"], **CPU), {})
+
+
+def test_a_model_compiled_by_layer_frees_gradients_early() -> None:
+    """As the search for the longest sequence compiles it: the same gradients, the last layer's before the first's."""
+    sizes = {"seq_len": 64, "layers": 2, "hidden": 32, "intermediate": 96, "vocab": 128, "heads": 2}
+    made = WORKS["llama"](**sizes, checkpointing=True, **CPU)
+    made.step(made.module)
+    wanted = [g.clone() for g in made.gradients().values()]
+    made.clear()
+    fn = by_layer(made.module, "mst", {"chunk_tokens": 16, "compiler": "aot_eager"})
+    came: list[str] = []
+    for name, parameter in made.module.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    made.step(fn)
+    for found, gradient in zip(made.gradients().values(), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    layers = [name.split(".")[2] for name in came if ".layers." in name]
+    assert layers == sorted(layers, reverse=True)
+    assert "lm_head" in came[0]
+    kinds = [r.kind for report in mst_fx.reports() for r in report.regions if r.status == "chunked"]
+    assert {"mlp", "loss"} <= set(kinds)
 
 
 def test_what_cannot_run_says_why() -> None:

@@ -181,9 +181,9 @@ def run_cell(question: Question, cell: Cell, caches: str, *extra: str, seconds: 
     command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.cell", WORK_OF[question.name],
                "--system", cell.system, "--dtype", question.dtype, "--device", question.device,
                "--steps", str(question.steps), *given, *extra]  # fmt: skip
-    environment = {**os.environ, **MALLOC_ENV, "TORCHINDUCTOR_CACHE_DIR": caches}
+    variables = {**environment(question.device), "TORCHINDUCTOR_CACHE_DIR": caches}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {**_blank(question, cell), "reason": f"stopped after {seconds:.0f} s: out of time"}
     if done.returncode:
@@ -191,6 +191,14 @@ def run_cell(question: Question, cell: Cell, caches: str, *extra: str, seconds: 
         killed = "killed by the system: out of memory" if done.returncode == -9 else last
         return {**_blank(question, cell), "reason": killed[:300]}
     return {**json.loads(done.stdout.splitlines()[-1]), "caches": cell.caches}
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return the variables of a process whose memory is measured; an allocator that was set stays."""
+    found = {**os.environ, **MALLOC_ENV}
+    if device == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & found.keys():
+        found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return found
 
 
 def save_rows(path: Path, question: Question, rows: list[Row]) -> None:
