@@ -1,8 +1,15 @@
+import ast
+import inspect
 from typing import Any
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mst_fx
+from mst_fx import plan as plan_module
+from mst_fx.bench.works import SwiGLU
 from mst_fx.plan import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MIN_SAVED_BYTES, ChunkPlan, chunk_bounds, plan_chunks
 
 MLP = {"wide_bytes": 2**16, "narrow_bytes": 2**12, "accumulator_bytes": 2**24}
@@ -56,6 +63,37 @@ def test_auto_is_monotone(tokens: int, more: int, **region: Any) -> None:
     if isinstance(short, ChunkPlan):
         assert isinstance(long, ChunkPlan)
         assert long.chunk_tokens >= short.chunk_tokens
+
+
+@given(tokens=TOKENS, fewer=st.floats(0, 1), **REGION)
+def test_accumulators_count_against_chunking(tokens: int, fewer: float, **region: Any) -> None:
+    """What is chunked with large accumulators is chunked with small ones, in at most the bytes."""
+    large = plan_chunks(tokens=tokens, chunk_tokens="auto", **region)
+    region["accumulator_bytes"] = int(fewer * region["accumulator_bytes"])
+    small = plan_chunks(tokens=tokens, chunk_tokens="auto", **region)
+    if isinstance(large, ChunkPlan):
+        assert isinstance(small, ChunkPlan)
+        assert small.bytes_after <= large.bytes_before * 0.75
+
+
+@pytest.mark.parametrize(("accumulate", "frozen", "itemsize"), [
+    ("float32", False, 4), ("parameter", False, 2), ("float32", True, 0),
+])  # fmt: skip
+def test_a_region_counts_the_accumulators_it_needs(accumulate: str, frozen: bool, itemsize: int) -> None:
+    module = SwiGLU(16, 64).bfloat16().requires_grad_(not frozen)
+    x = torch.randn(1, 32, 16, dtype=torch.bfloat16, requires_grad=True)
+    report = mst_fx.explain(module, {"mst.chunk_tokens": 8, "mst.accumulate": accumulate})(x)
+    (region,) = report.regions
+    assert region.status == "chunked"
+    assert region.bytes_after == region.bytes_before * 8 // 32 + itemsize * 3 * 16 * 64
+
+
+def test_shapes_alone_decide() -> None:
+    """Every rank plans alike: no clock, device, environment or free memory can be asked with what is imported."""
+    tree = ast.parse(inspect.getsource(plan_module))
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert imported == {"__future__", "dataclasses", "math"}
 
 
 @given(tokens=st.integers(1, 2**16), size=st.integers(1, 2**16), **REGION)
