@@ -13,6 +13,7 @@ Rows are saved as ``benchmarks/results/gpu-QUESTION.json``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -29,9 +30,10 @@ from rich.table import Table
 
 import mst_fx
 from mst_fx.bench.cell import device_name, timed_step, versions
-from mst_fx.bench.questions import GRACE_SECONDS, Cell, Question, ask, environment, run_cell, save_rows
+from mst_fx.bench.questions import GRACE_SECONDS, Cell, Question, ask, environment, plan, run_cell, save_rows
 from mst_fx.bench.tables import summary, table
 from mst_fx.bench.works import LLAMA3_8B, WORKS
+from mst_fx.models import UsageError
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = 8.0
@@ -48,17 +50,22 @@ CHECKED: dict[str, dict[str, Any]] = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the arguments."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("question", choices=["head", "mlp", "model", "longest"])
+    found.add_argument("--device", default="cuda")
+    found.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
+    found.add_argument("--gigabytes", type=float, default=80.0)
+    found.add_argument("--minutes", type=float, default=MINUTES)
+    found.add_argument("--systems", help="comma-separated; longest: mst,inductor, the first gets most of the time")
+    found.add_argument("--trial", help=argparse.SUPPRESS)
+    return found
+
+
 def main() -> int:
     """Run what was asked for; 1 if a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=["head", "mlp", "model", "longest"])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
-    parser.add_argument("--gigabytes", type=float, default=80.0)
-    parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--systems", default="mst,inductor", help="for longest: mst, inductor or both")
-    parser.add_argument("--trial", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("no CUDA device here; --tiny --device cpu tries the script\n")
         return 2
@@ -66,18 +73,24 @@ def main() -> int:
         system, length = args.trial.split(":")
         sys.stdout.write(json.dumps(trial(args, system, int(length))) + "\n")
         return 0
-    return longest(args) if args.question == "longest" else measure(args)
+    try:
+        return longest(args) if args.question == "longest" else measure(args)
+    except UsageError as e:
+        sys.stderr.write(f"{e}\n")
+        return 2
 
 
 def measure(args: argparse.Namespace) -> int:
     """Check the gradients on a smaller work, then measure every system."""
     name, console, started = args.question, Console(width=130), time.monotonic()
+    given = args.systems or ("inductor,mst" if name == "model" else "")
+    question = Question(
+        name, args.device, "bfloat16", None if args.tiny else "llama3-8b", tuple(given.split(",")) if given else (),
+        TINY[name] if args.tiny else {}, {"chunk_tokens": 128} if args.tiny else {},
+    )  # fmt: skip
+    plan(question)  # mistakes are told before anything runs
     good, told = _check(args)
-    shapes = TINY[name] if args.tiny else {}
-    systems = ("inductor", "mst") if name == "model" else ()
-    options = {"chunk_tokens": 128} if args.tiny else {}
-    question = Question(name, args.device, "bfloat16", None if args.tiny else "llama3-8b", systems, shapes, options,
-                        minutes=args.minutes - (time.monotonic() - started) / 60)  # fmt: skip
+    question = dataclasses.replace(question, minutes=args.minutes - (time.monotonic() - started) / 60)
     rows = ask(question, lambda label, i, n: sys.stderr.write(f"{i} of {n}: {label}\n"))
     save_rows(RESULTS / f"gpu-{name}{'-tiny' if args.tiny else ''}.json", question, rows)
     header, lines = table(question, rows)
@@ -114,7 +127,9 @@ def _check(args: argparse.Namespace) -> tuple[bool, str]:
 def longest(args: argparse.Namespace) -> int:
     """Find the longest sequence of each system; the first gets most of the time."""
     rows: list[dict[str, Any]] = []
-    systems = args.systems.split(",")
+    systems = (args.systems or "mst,inductor").split(",")
+    if not {"mst", "inductor"}.issuperset(systems):
+        raise UsageError(f"--systems {args.systems}: mst, inductor or both for longest")
     started = time.monotonic()
     for i, system in enumerate(systems):
         until = started + 60 * args.minutes * (0.7 if i == 0 and len(systems) > 1 else 1)

@@ -1,6 +1,8 @@
 """`mst-fx bench` on tiny shapes: real cells, rows with reasons, tables and plots from saved rows."""
 
+import argparse
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import mst_fx
-from benchmarks.gpu import by_layer
+from benchmarks import gpu
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
@@ -62,7 +64,7 @@ def test_a_model_compiled_by_layer_frees_gradients_early() -> None:
     made.step(made.module)
     wanted = [g.clone() for g in made.gradients().values()]
     made.clear()
-    fn = by_layer(made.module, "mst", {"chunk_tokens": 16, "compiler": "aot_eager"})
+    fn = gpu.by_layer(made.module, "mst", {"chunk_tokens": 16, "compiler": "aot_eager"})
     came: list[str] = []
     for name, parameter in made.module.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
@@ -74,6 +76,51 @@ def test_a_model_compiled_by_layer_frees_gradients_early() -> None:
     assert "lm_head" in came[0]
     kinds = [r.kind for report in mst_fx.reports() for r in report.regions if r.status == "chunked"]
     assert {"mlp", "loss"} <= set(kinds)
+
+
+def gpu_arguments(*given: str) -> argparse.Namespace:
+    return gpu.parser().parse_args(["longest", "--device", "cpu", *given])
+
+
+def test_the_longest_sequence_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Doubled until memory runs out, then the gap is halved twice; other failures are told and end the search."""
+    tried: list[tuple[str, int]] = []
+
+    def trial(args: Any, system: str, length: int, seconds: float) -> dict[str, Any]:
+        tried.append((system, length))
+        if system == "inductor":
+            return {"system": system, "seq_len": length, "reason": "CUDA error: no kernel"}
+        if length > 50000:
+            return {"system": system, "seq_len": length, "reason": gpu.OUT_OF_MEMORY}
+        return {"system": system, "seq_len": length, "step_s": 1.0, "peak_gb": 79.0}
+
+    monkeypatch.setattr(gpu, "_trial_apart", trial)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    assert gpu.longest(gpu_arguments()) == 0
+    assert [n for s, n in tried if s == "mst"] == [16384, 32768, 65536, 49152, 57344]
+    assert [n for s, n in tried if s == "inductor"] == [16384]
+    shown = capsys.readouterr().out
+    assert "49152" in shown
+    assert "57344" in shown
+    assert "no kernel" in shown
+    assert len(json.loads((tmp_path / "gpu-longest.json").read_text())["rows"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
+        ("RuntimeError: no kernel", "RuntimeError: no kernel"),
+        ("", "exit status 1"),
+    ],
+)
+def test_a_failed_trial_says_why(error: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", f"Traceback\n{error}\n" if error else "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    row = gpu._trial_apart(gpu_arguments(), "mst", 1024, 1.0)
+    assert row == {"system": "mst", "seq_len": 1024, "reason": told}
 
 
 def test_what_cannot_run_says_why() -> None:
@@ -181,17 +228,32 @@ def test_lengths_and_compile_tables(tmp_path: Path) -> None:
     assert "a CPU" in summary(Question("compile", "cpu", "float32"), rows)
 
 
+MEASURED = {
+    "head": "--systems inductor,liger,mst --set tokens=40 --set hidden=16 --set vocab=96",
+    "mlp": "--systems inductor,chunk_checkpoint,mst --set tokens=40 --set hidden=16 --set intermediate=48",
+    "model": "--systems inductor,mst --set seq_len=64 --set checkpointing=true",
+    "length": "--systems inductor,mst+checkpoint --lengths 64,128",
+    "compile": "--systems inductor,mst --set seq_len=64",
+}
+MODEL = "--set layers=1 --set hidden=32 --set intermediate=64 --set vocab=128 --set heads=4"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("question", ["head", "mlp", "model", "length"])
+@pytest.mark.parametrize("question", MEASURED)
 def test_the_command_measures(question: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = {"model": {"seq_len": 64, "checkpointing": "true"}}.get(question, {})
-    sizes = {**TINY.get(question, {"layers": 1, "hidden": 32, "intermediate": 64, "vocab": 128}), **small}
-    given = [a for k, v in sizes.items() for a in ("--set", f"{k}={v}")]
-    arguments = ["--device", "cpu", "--steps", "1", "--option", "chunk_tokens=16", "--out", str(tmp_path / "rows.json")]
-    if question == "length":
-        arguments += ["--lengths", "64,128"]
-    assert main(["bench", question, *given, *arguments]) == 0
-    capsys.readouterr()
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {r["system"] for r in rows if "reason" not in r} >= {"inductor", "mst"}
-    assert all(r["reason"] for r in rows if "step_s" not in r)
+    """Every question to its end: a row for each cell, what can't run with its reason, a picture."""
+    given = [a.replace("_checkpoint", " checkpoint") for a in MEASURED[question].split()]
+    given += MODEL.split() if question not in ("head", "mlp") else []
+    out, picture = tmp_path / "rows.json", tmp_path / "new" / "plot.png"
+    given += ["--device", "cpu", "--steps", "1", "--option", "chunk_tokens=16"]
+    assert main(["bench", question, *given, "--out", str(out), "--plot", str(picture)]) == 0
+    assert "torch" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    wanted = plan(load_rows(out)[0])
+    assert [r["system"] for r in rows] == [c.system for c in wanted]
+    for found in rows:
+        assert "reason" not in found or found["system"] == "liger", found["reason"]
+        assert found["system"] == "liger" or (min(found["step_s"], found["first_s"]) > 0 <= found["peak_bytes"])
+    if question == "compile":
+        assert [r["caches"] for r in rows] == ["cold", "warm"] * 2
+    assert picture.read_bytes()[:4] == b"\x89PNG"
