@@ -298,12 +298,14 @@ def draw_lengths(path: Path) -> list[int]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = {n: (load(f"length-{n}"), load(f"length-{n}-time")) for n in LENGTHS_SHOWN}
-    peaks = {n: rows for n, (rows, _) in found.items() if rows is not None}
-    times = {n: rows for n, (_, rows) in found.items() if rows is not None}
+    peaks = {n: rows for n in LENGTHS_SHOWN if (rows := load(f"length-{n}")) is not None}
+    times = {n: rows for n in LENGTHS_SHOWN if (rows := load(f"length-{n}-time")) is not None}
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.35, 1))
-        for system, (label, colour, line) in SERIES.items():
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), width_ratios=(1.5 if times else 3, 1))
+        series = {s: [(n, _peak(rows[s]) / 2**20) for n, rows in peaks.items()] for s in SERIES}
+        height, below = max(y for own in series.values() for _, y in own), -1.0
+        for system in sorted(SERIES, key=lambda s: series[s][-1][1]):  # labels from the lowest, none upon another
+            label, colour, line = SERIES[system]
             style: dict[str, Any] = {
                 "color": colour,
                 "linestyle": line,
@@ -311,25 +313,32 @@ def draw_lengths(path: Path) -> list[int]:
                 "markersize": 4,
                 "linewidth": 1.8,
             }
-            own = [(n, statistics.median(r["peak_bytes"] for r in rows[system]) / 2**20) for n, rows in peaks.items()]
-            left.plot(*zip(*own, strict=True), **style)
-            left.annotate(f"{label}, {own[-1][1]:.0f} MiB", own[-1], (6, 0), textcoords="offset points", color=colour,
+            left.plot(*zip(*series[system], strict=True), **style)
+            end, value = series[system][-1]
+            below = max(value, below + 0.07 * height)
+            left.annotate(f"{label}, {value:.0f} MiB", (end, below), (7, 0), textcoords="offset points", color=colour,
                           va="center", annotation_clip=False)  # fmt: skip
             ratios = [(n, _median_ratio(rows, system, "inductor")) for n, rows in times.items()]
-            right.plot(*zip(*ratios, strict=True), **style)
-        left.set(ylabel="peak of a step over its start, MiB", ylim=(0, None), xlim=(0, max(peaks) * 1.02))
-        right.set(ylabel="step time, by plain Inductor", ylim=(0, None), xscale="log")
+            if ratios:
+                right.plot(*zip(*ratios, strict=True), **style)
+        left.set(ylabel="peak of a step over its start, MiB", ylim=(0, 1.08 * height), xlim=(0, max(peaks) * 1.02))
+        left.set_xticks(list(peaks), [f"{n // 1024}K" for n in peaks])
+        right.set(ylabel="step time by plain Inductor's", ylim=(0, None), xscale="log")
         right.set_xticks(list(times), [f"{n // 1024}K" for n in times])
         right.minorticks_off()
-        left.set_xticks(list(peaks), [f"{n // 1024}K" if n > 1024 else "" for n in peaks])
+        right.set_visible(bool(times))
         for axes in (left, right):
             axes.set_xlabel("sequence length")
             axes.grid(axis="y", color="0.9")
             axes.set_axisbelow(True)
-        figure.tight_layout(w_pad=9)
+        figure.tight_layout(w_pad=3)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
     return list(peaks)
+
+
+def _peak(rows: list[Rows]) -> float:
+    return statistics.median(r["peak_bytes"] for r in rows)
 
 
 def replace_table(name: str, table: list[str]) -> None:

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, str, dict[str, int]]] = {
     "head, T 512": ("head", "float32", {"tokens": 512, **HEAD}),
     "head, T 4096": ("head", "float32", {"tokens": 4096, **HEAD}),
     "head, T 4096, bf16": ("head", "bfloat16", {"tokens": 4096, **HEAD}),
+    "head, T 4096, V 32000, bf16": ("head", "bfloat16", {"tokens": 4096, "hidden": 512, "vocab": 32000}),
     "head, T 16384": ("head", "float32", {"tokens": 16384, **HEAD}),
     "mlp, T 1024": ("mlp", "float32", {"tokens": 1024, **MLP}),
     "mlp, T 8192": ("mlp", "float32", {"tokens": 8192, **MLP}),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mst_fx
-from benchmarks import gpu
+from benchmarks import figures, gpu
+from benchmarks import plan as plan_sweep
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
@@ -215,6 +216,30 @@ def test_tables_and_plots_come_from_saved_rows(tmp_path: Path, capsys: pytest.Ca
     assert "needs a GPU" in capsys.readouterr().out
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["bench", "mlp", "--rows", str(path)]) == 2
+
+
+@pytest.mark.parametrize("timed", [(), (1024,)])
+def test_the_picture_of_lengths_comes_from_saved_rows(
+    timed: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    for n in (1024, 4096):
+        rows = {s: [row(s, peak_bytes=n * 1000 * i)] for i, s in enumerate(figures.SERIES, 1)}
+        figures.save(f"length-{n}", rows)
+    for n in timed:
+        figures.save(f"length-{n}-time", {"clock": "cpu", "cpu_s": {s: [1.0, 2.0] for s in figures.SERIES}})
+    assert figures.draw_lengths(tmp_path / "length.png") == [1024, 4096]
+    assert (tmp_path / "length.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_chosen_chunk_sizes_are_shown_beside_the_fastest() -> None:
+    times = {"plain": [1.0, 2.0], "128": [0.8, 1.6], "256": [1.2, 2.4]}
+    measured = {"cpu_s": times, "peak_bytes": {"plain": 100, "128": 20, "256": 30}}
+    found = plan_sweep.lines({"chosen": {**measured, "chosen": 256}, "short": {**measured, "chosen": None}})
+    assert found == [
+        ("chosen", "256", "1.20", "0.30", "128", "0.80", "1.50"),
+        ("short", "left alone", "1.00", "1.00", "128", "0.80", "1.25"),
+    ]
 
 
 def test_lengths_and_compile_tables(tmp_path: Path) -> None:
