@@ -63,7 +63,7 @@ def wrap(engine: str, model: Any, world: int, compile_with: dict[str, Any], devi
         return model, torch.Tensor.backward
     import deepspeed  # pyright: ignore[reportMissingImports]
 
-    zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
+    zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     if engine == "zero3":
         deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0].mlp)])
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}

@@ -184,22 +184,41 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
 # -- launchers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    ["torch.distributed.run --nproc_per_node 2", "accelerate.commands.launch --cpu --num_processes 1"],
-    ids=["torchrun", "accelerate"],
+TORCHRUN = "torch.distributed.run --nproc_per_node 2"
+ACCELERATE = (
+    "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 )
-def test_launchers(models, tmp_path, text, launcher):
-    argv = command(models("llama"), tmp_path, text)[1:]
+WHOLE = "stage3_gather_16bit_weights_on_model_save"
+LEAVES = {"memory_efficient_linear": False, "leaf_module": {"name_suffixes": ["mlp"]}, WHOLE: True}
+LAUNCHES = {
+    "torchrun": (TORCHRUN, [], "3 of 3 regions chunked"),
+    "accelerate": (ACCELERATE, [], "3 of 3 regions chunked"),
+    "fsdp": (TORCHRUN, ["--fsdp", "full_shard"], "--fsdp does nothing here"),  # accelerate shards on no CPU
+    "zero-2": (TORCHRUN, {"stage": 2}, "3 of 3 regions chunked"),
+    "zero-3": (TORCHRUN, {"stage": 3, **LEAVES}, "chunked  mlp x2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_launchers(models, tmp_path, text, launch):
+    launcher, more, said = LAUNCHES[launch]
+    if launch.startswith("zero"):
+        pytest.importorskip("deepspeed")
+        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        config = {**dict.fromkeys(names, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": more}
+        (tmp_path / "zero.json").write_text(json.dumps({**config, "zero_allow_untested_optimizer": True}))
+        more = ["--deepspeed", str(tmp_path / "zero.json")]
+    argv = [sys.executable, "-m", *launcher.split(), "-m", "mst_fx.finetune"]
+    argv += [*command(models("llama"), tmp_path, text)[1:], *more]
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher.split(), "-m", "mst_fx.finetune", *argv],
-        env=env, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("regions chunked") == 1, "one process speaks for all"
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert said in done.stderr, done.stderr[-3000:]
+    assert done.stderr.count("sequences of 128 tokens") == 1, "one process speaks for all"
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = transformers.AutoModelForCausalLM.from_pretrained(models("llama"))
+    assert any(error(p, q.double()) > 1e-6 for p, q in zip(trained.parameters(), before.parameters(), strict=True))
 
 
 # -- data --------------------------------------------------------------------------------------------
@@ -343,6 +362,7 @@ def mistakes(models, tmp_path):
         "does not go with --backend eager": ["--backend", "eager"],
         "is not one of auto": ["--dtype", "float99"],
         "there is no checkpoint": ["--resume_from_checkpoint", str(tmp_path / "absent")],
+        "--fsdp needs several processes": ["--fsdp", "full_shard"],
         "expected one argument": ["--learning_rate"],
     }
 

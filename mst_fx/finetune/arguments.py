@@ -100,6 +100,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, TrainingArguments]:
         raise UsageError(f"--backend {model.backend!r} is not one of {', '.join(BACKENDS)}")
     if training.torch_compile:
         raise UsageError("--torch_compile is not for this command: --backend says what compiles the model")
+    if training.fsdp and training.parallel_mode.value != "distributed":
+        raise UsageError("--fsdp needs several processes: torchrun --nproc_per_node N -m mst_fx.finetune ...")
     if training.label_smoothing_factor:
         raise UsageError(
             "--label_smoothing_factor makes Trainer compute the loss outside the model, from logits in full: not here"

@@ -64,6 +64,8 @@ def run_finetune(argv: Sequence[str]) -> int:
         model=model, args=training, train_dataset=train, eval_dataset=held_out, data_collator=collate,
         processing_class=tokenizer, callbacks=[_SayWhatWasChunked(args.backend)],
     )  # fmt: skip
+    if training.fsdp and not trainer.is_fsdp_enabled:
+        say("--fsdp does nothing here: accelerate shards on accelerators alone, so each process has the whole model")
     if checkpoint:
         say(f"going on from {checkpoint} (--overwrite_output_dir True starts anew)")
     trainer.train(resume_from_checkpoint=checkpoint)
