@@ -195,7 +195,7 @@ LAUNCHES = {
     "accelerate": (ACCELERATE, [], "3 of 3 regions chunked"),
     "fsdp": (TORCHRUN, ["--fsdp", "full_shard"], "--fsdp does nothing here"),  # accelerate shards on no CPU
     "zero-2": (TORCHRUN, {"stage": 2}, "3 of 3 regions chunked"),
-    "zero-3": (TORCHRUN, {"stage": 3, **LEAVES}, "chunked  mlp x2"),
+    "zero-3": (TORCHRUN, {"stage": 3, **LEAVES}, "mst-fx finetune: model:"),  # what is chunked there is left open
 }
 
 
