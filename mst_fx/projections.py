@@ -146,8 +146,8 @@ def _projection(
 def contracts_over_tokens(projection: Projection, outer: dict[fx.Node, fx.Node] | None = None) -> bool:
     """Whether what is summed over was no feature before a transpose (token mixing as in MLP-Mixer).
 
-    Features are the last dimensions of a value, where nothing has moved them; the trace ends at the first op that
-    is neither a transpose nor a copy.
+    Features are the last dimensions of a value, where nothing has moved them, and the second of a convolution's; the
+    trace ends at the first op that is neither a transpose nor a copy.
     """
     node: Any = projection.tokens
     value = fake_tensor(node)
@@ -169,7 +169,25 @@ def contracts_over_tokens(projection: Projection, outer: dict[fx.Node, fx.Node] 
         contracted, shared = {order[d] for d in contracted}, {order[d] for d in shared}
         node, value = node.args[0], source
     others = set(range(value.ndim)) - shared
+    if contracted == {1} and _is_channels_first(node):
+        return False
     return any(c < o for c in contracted for o in others)
+
+
+def _is_channels_first(node: Any) -> bool:
+    """Whether a value is a convolution's result, its places folded into one dimension, or elementwise of that."""
+    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function"):
+        if node.target in _CHANNELS_FIRST:
+            return True
+        folds = node_name(node) == "flatten" and node.args[1:] in ((2,), (2, -1))
+        if len(node.all_input_nodes) != 1 or not (folds or node_name(node) in _POINTWISE):
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+_CHANNELS_FIRST = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d}
+_POINTWISE = {"gelu", "relu", "silu", "tanh", "sigmoid", "dropout", "contiguous", "float", "to"}
 
 
 def _order(name: str, node: fx.Node, n: int) -> list[int] | None:

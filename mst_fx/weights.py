@@ -70,10 +70,10 @@ def _changed(scalar: Scalar, graph: fx.Graph) -> bool:
 def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Output:
     """Record the weighted sum of all leaves per token; what comes from outside is added behind."""
     builder, graph = tail.lifter.builder, lifted.region.module.graph
-    writer = _Writer(graph, scalar.node, lifted, fake_mode)
     old = fake_tensor(scalar.node)
     assert old is not None
     wide = sum_dtype(old.dtype)
+    writer = _Writer(graph, scalar.node, lifted, fake_mode, wide)
     combined: fx.Node | None = None
     offsets: list[Any] = []
     for term in scalar.terms:
@@ -104,8 +104,8 @@ def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Outp
 class _Writer:
     """Writes the weights of terms in front of the scalar, with their fake values."""
 
-    def __init__(self, graph: fx.Graph, place: fx.Node, lifted: Lifted, fake_mode: Any) -> None:
-        self.graph, self.place, self.lifted, self.fake_mode = graph, place, lifted, fake_mode
+    def __init__(self, graph: fx.Graph, place: fx.Node, lifted: Lifted, fake_mode: Any, wide: torch.dtype) -> None:
+        self.graph, self.place, self.lifted, self.fake_mode, self.wide = graph, place, lifted, fake_mode, wide
 
     def weight(self, term: Term) -> Any:
         """Apply the transposes of the steps to 1."""
@@ -147,11 +147,20 @@ class _Writer:
             return self._divide(value, step.other)
         if step.kind == "negate":
             return self._call(torch.neg, value) if isinstance(value, fx.Node) else -value
-        if not isinstance(value, fx.Node) and not isinstance(step.other, fx.Node):
-            return value * step.other
-        return self._call(torch.mul, *((value, step.other) if isinstance(value, fx.Node) else (step.other, value)))
+        other = self._widened(step.other)
+        if not isinstance(value, fx.Node) and not isinstance(other, fx.Node):
+            return value * other
+        return self._call(torch.mul, *((value, other) if isinstance(value, fx.Node) else (other, value)))
+
+    def _widened(self, value: Any) -> Any:
+        """Return a coefficient in the dtype of the sum: counts and masks would give weights in fp32 to a loss in fp64."""
+        known = fake_tensor(value)
+        if known is None or torch.result_type(known, 1.0) == self.wide:
+            return value
+        return self._method("to", value, self.wide)
 
     def _divide(self, value: Any, by: Any) -> Any:
+        by = self._widened(by)
         if isinstance(value, fx.Node):
             return self._call(torch.div, value, by)
         if isinstance(by, fx.Node):
@@ -163,7 +172,7 @@ class _Writer:
         if fake_tensor(value) is not None:
             return value
         device = self.lifted.chunked[0].spec.device
-        return self._call(torch.scalar_tensor, value, dtype=torch.float32, device=device)
+        return self._call(torch.scalar_tensor, value, dtype=self.wide, device=device)
 
     def _number(self, value: Any) -> Any:
         if not isinstance(value, torch.SymInt):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from tests.harness import EAGER, check_exact, chunked
+from tests.harness import EAGER, check_exact, chunked, error, step
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
+SMALL = {"mst.chunk_tokens": 8, **EAGER}
 V, H, I = 61, 16, 48  # noqa: E741
 
 
@@ -169,6 +170,32 @@ def test_exact(name: str) -> None:
 def test_exact_with_symbolic_sizes(name: str) -> None:
     fn, frozen, *_ = CASES[name]
     check_exact(Parts(fn, frozen), token_inputs(), slack=1e-2 if "autocast" in name else None, dynamic=True)
+
+
+def two_labels(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = s.head(x)
+    return 0.3 * ce(logits, labels) + 0.7 * ce(logits, labels.flip(1)) * (labels > 3).sum()
+
+
+def test_weights_of_losses_are_formed_in_fp64_for_a_loss_in_fp64() -> None:
+    model, inputs = Parts(two_labels).double(), token_inputs()
+    plain, ours = (step(model, inputs, how, False) for how in (None, {"backend": "mst", "options": SMALL}))
+    assert error(ours.loss, plain.loss) < 1e-14
+    assert all(error(ours.grads[n], g) < 1e-13 for n, g in plain.grads.items())
+    assert "in the forward" in str(ours.report)
+
+
+def patches(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Places of an image as tokens: a convolution has its features in front of them."""
+    image = x.transpose(1, 2)[..., None]
+    y = F.conv2d(image, s.up.weight[:H, :, None, None]).flatten(2).transpose(1, 2)
+    z = F.gelu(F.conv1d(x.transpose(1, 2), s.up.weight[:H, :, None])).transpose(1, 2)
+    return s.down(F.gelu(s.up(y)) * F.silu(s.up(z))).square().mean()
+
+
+def test_tokens_behind_a_convolution_are_found() -> None:
+    ours = check_exact(Parts(patches), token_inputs())
+    assert chunked(ours.report, "mlp") == 1, str(ours.report)
 
 
 def test_flattened_logits_returned_under_dynamic_shapes() -> None:
