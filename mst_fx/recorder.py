@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mst_fx import random
 from mst_fx.custom import CUSTOM, row_function
 from mst_fx.inductor import symbolic_sizes
-from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten
+from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten, same_size
 from mst_fx.rules import find_rule
 
 
@@ -137,7 +137,22 @@ def _dropout(builder: RowBuilder, x: torch.Tensor, p: float = 0.5, training: boo
     return out
 
 
-_SPECIAL: dict[Any, Callable[..., Any]] = {F.dropout: _dropout, torch.dropout: _dropout}
+def _take_along_dim(builder: RowBuilder, x: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> Any:
+    """Record it as the gather it is where nothing is broadcast."""
+    sizes = zip(x.shape, indices.shape, strict=False)
+    if (
+        dim is None
+        or x.ndim != indices.ndim
+        or not all(same_size(a, b) for d, (a, b) in enumerate(sizes) if d != dim % x.ndim)
+    ):
+        return torch.take_along_dim(x, indices, dim)
+    return torch.gather(x, dim, indices)
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    F.dropout: _dropout, torch.dropout: _dropout, torch.take_along_dim: _take_along_dim,
+    "take_along_dim": _take_along_dim,
+}  # fmt: skip
 
 
 # -- autograd functions of the user's own ------------------------------------------------------------

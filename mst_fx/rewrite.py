@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from mst_fx import ops
 from mst_fx.graph import (
+    fake,
     fake_tensor,
     grad_states,
     is_autocast_switch,
@@ -91,10 +93,12 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
         node = stack.pop()
         if order[node] < order[place] or node in moved:
             continue
-        value = fake_tensor(node)
-        if value is None or value.requires_grad or is_in_place(node) or _draws(node):
+        values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
+        if not values or any(v.requires_grad for v in values) or is_in_place(node) or _draws(node):
             return False
-        if value.is_floating_point() and (switched or any(needs_grad(n) for n in node.all_input_nodes)):
+        if any(v.is_floating_point() for v in values) and (
+            switched or any(needs_grad(n) for n in node.all_input_nodes)
+        ):
             return False
         moved.add(node)
         stack += node.all_input_nodes

@@ -153,7 +153,7 @@ class _Writer:
         return self._call(torch.mul, *((value, other) if isinstance(value, fx.Node) else (other, value)))
 
     def _widened(self, value: Any) -> Any:
-        """Return a coefficient in the dtype of the sum: counts and masks would give weights in fp32 to a loss in fp64."""
+        """Return a coefficient in the dtype of the sum: a count gives a loss in fp64 weights in fp32 otherwise."""
         known = fake_tensor(value)
         if known is None or torch.result_type(known, 1.0) == self.wide:
             return value

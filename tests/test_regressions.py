@@ -140,7 +140,7 @@ def token_count(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 # name -> (function, frozen parts, MLPs chunked, losses chunked)
 CASES: dict[str, tuple[Callable[..., torch.Tensor], tuple[str, ...], int, int]] = {
-    "masked_vocabulary": (masked_vocabulary, (), 0, 0),
+    "masked_vocabulary": (masked_vocabulary, (), 0, 1),
     "scaled_in_place": (scaled_in_place, (), 0, 1),
     "input_changed_after_the_head": (input_changed_after_the_head, ("head",), 0, 0),
     "statistics_under_no_grad": (statistics_under_no_grad, (), 1, 0),

@@ -4,8 +4,8 @@
  -> y = linear(x, W); r = relu(y); z = f(r)
 
 Allowed where the changed value was made in this graph, nothing that shares its memory is read later, and both nodes
-record gradients alike. Only elementwise ops, and dropout.
-Not handled: values that are seen through views, inputs, parameters, ``x[...] = y``.
+record gradients alike. Only elementwise ops, dropout, scatter and fill, and ``x[...] = y`` as ``indexing`` spells it.
+Not handled: values that are seen through views, inputs, parameters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor, grad_states, is_in_place, node_name, run_on_fakes, storages, walking
+from mst_fx.graph import fake_tensor, grad_states, is_in_place, needs_grad, node_name, storages, walking
+from mst_fx.indexing import Writer, write_item
 from mst_fx.report import RegionReport
 
 _OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, operator.ipow: operator.pow,
 }  # fmt: skip
+_SCATTERS = {"scatter", "scatter_add", "index_fill"}
 
 
 def functionalize(graph: Graph, context: Context) -> list[RegionReport]:
@@ -41,30 +43,37 @@ def functionalize(graph: Graph, context: Context) -> list[RegionReport]:
 def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> bool:
     """Replace one in-place op by its twin if that changes nothing else; returns whether it did."""
     target = node.args[0] if node.args else None
-    twin = find_twin(node)
-    if twin is None or not isinstance(target, fx.Node) or not is_private(module, target, node):
+    if not isinstance(target, fx.Node) or not is_private(module, target, node):
         return False
-    graph, old = module.graph, fake_tensor(target)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    kind, function, args, kwargs = twin
-    with graph.inserting_before(node):
-        new = graph.create_node(kind, function, args, kwargs)
-    new.meta["mst_replaces"] = fake_tensor(node)
+    old, writer = fake_tensor(target), Writer(node, fake_mode)
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
     try:
-        value = run_on_fakes(new, fake_mode)
+        new = _write(node, target, writer)
     except Exception:
-        value = None
+        new = None
+    value = fake_tensor(new)
     # In place the dtype stays; a promoted or autocast twin would give another.
-    if old is None or value is None or value.dtype != old.dtype or value.shape != old.shape:
-        graph.erase_node(new)
+    if new is None or old is None or value is None or value.dtype != old.dtype or value.shape != old.shape:
+        writer.undo()
         return False
     # It is the same step of the user's code spelled otherwise, so it keeps its origin: no change for who reads a diff.
-    new.meta |= {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "mst_origin")}
-    new.meta["example_value"] = value
+    new.meta |= {k: v for k, v in node.meta.items() if k == "mst_origin"}
     target.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
     node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    module.graph.erase_node(node)
     return True
+
+
+def _write(node: fx.Node, target: fx.Node, writer: Writer) -> fx.Node | None:
+    """Append what an in-place op leaves in its target, None where that is not known."""
+    if node.target in (operator.setitem, "__setitem__") and len(node.args) == 3:
+        return write_item(writer, target, node.args[1], node.args[2])
+    name = str(node.target) if node.op == "call_method" else ""
+    if name in ("fill_", "zero_") and not needs_grad(target):
+        filling = 0 if name == "zero_" else node.args[1]
+        return None if isinstance(filling, fx.Node) else writer.call(torch.full_like, target, filling)
+    twin = find_twin(node)
+    return None if twin is None else writer.create(*twin, replaces=fake_tensor(node))
 
 
 def find_twin(node: fx.Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -74,7 +83,7 @@ def find_twin(node: fx.Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]
     if "out" in node.kwargs or isinstance(function, torch._ops.OpOverload):
         return None
     if node.op == "call_method":
-        return ("call_method", base, node.args, node.kwargs) if _is_elementwise(base) else None
+        return ("call_method", base, node.args, node.kwargs) if _is_elementwise(base) or base in _SCATTERS else None
     if function in _OPERATORS:
         return ("call_function", _OPERATORS[function], node.args, node.kwargs)
     if name.endswith("_"):

@@ -1,7 +1,11 @@
-"""Spell equal things one way: hoist slices along tokens above the head.
+"""Spell equal things one way: rows joined again are one value, slices along tokens go above the head.
 
     logits = linear(h, W); loss = f(logits[:, :-1])
  -> loss = f(linear(h[:, :-1], W))
+    stack([logsumexp(logits[0], -1), logsumexp(logits[1], -1)])
+ -> logsumexp(logits, -1)
+    logits[arange(T), labels]
+ -> gather(logits, 1, labels[:, None])[:, 0]
 
 A slice of all rows is the rows of a slice: exact, and the sliced-off rows are never computed for the loss.
 The unsliced logits stay where something else (a returned output) reads them.
@@ -17,6 +21,8 @@ from torch import fx
 
 from mst_fx.chunking import Context, Graph
 from mst_fx.graph import fake_tensor, mutated_storages, node_name, storages
+from mst_fx.indexing import Writer, pick_labels, token_index
+from mst_fx.joined import join_rows
 from mst_fx.projections import read_projection
 from mst_fx.region import AMPLIFICATION
 from mst_fx.report import RegionReport
@@ -25,23 +31,38 @@ _ELEMENTWISE = {"float", "to", "tanh", "mul", "truediv", "div", "contiguous", "b
 
 
 def normalize(graph: Graph, context: Context) -> list[RegionReport]:
-    """Hoist every token slice whose value comes from an amplifier by elementwise steps."""
-    del context
+    """Join rows, spell picks of labels, and hoist token slices that come from an amplifier by elementwise steps."""
     for node in list(graph.module.graph.nodes):
-        chain = find_token_slice(node)
-        if chain is not None and not _changes_between(graph.module, chain, node):
-            hoist_slice(graph.module.graph, node, chain)
+        join_rows(graph.module, node, context.fake_mode)
+    for node in list(graph.module.graph.nodes):
+        if spell_pick(node, context.fake_mode):
+            continue
+        found = find_token_slice(node)
+        if found is not None and not _changes_between(graph.module, found[0], node):
+            hoist_slice(graph.module.graph, node, *found)
     return []
 
 
-def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
-    """Return the nodes from the amplifier to the sliced value if ``node`` slices tokens of one."""
-    if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+def spell_pick(node: fx.Node, fake_mode: Any) -> bool:
+    """Replace a pick of one feature per token by a gather; returns whether it was one."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple) or fake_tensor(node.args[0]) is None:
+        return False
+    writer = Writer(node, fake_mode)
+    new = pick_labels(writer, node.args[0], node.args[1])  # pyright: ignore
+    if new is not None:
+        new.meta["mst_replaces"] = fake_tensor(node)
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+    return new is not None
+
+
+def find_token_slice(node: fx.Node) -> tuple[list[fx.Node], Any] | None:
+    """Return the nodes from the amplifier to the sliced value, and the index, if ``node`` slices tokens of one."""
+    sliced = token_index(node)
+    value = fake_tensor(sliced[0]) if sliced is not None else None
+    if sliced is None or value is None or not _slices_tokens(sliced[1], value.ndim):
         return None
-    value = fake_tensor(node.args[0])
-    if value is None or not _slices_tokens(node.args[1], value.ndim):
-        return None
-    chain = [node.args[0]]
+    chain = [sliced[0]]
     while True:
         projection = read_projection(chain[-1])
         if projection is not None:
@@ -51,7 +72,7 @@ def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
             wide = x.ndim == out.ndim and chain[-1].op == "call_function" and chain[-1].args[0] is projection.tokens
             is_linear = getattr(chain[-1].target, "__name__", "") == "linear"
             ok = wide and is_linear and projection.growth > AMPLIFICATION
-            return chain if ok else None
+            return (chain, sliced[1]) if ok else None
         name = node_name(chain[-1])
         if name not in _ELEMENTWISE or len(chain[-1].all_input_nodes) != 1:
             return None
@@ -59,9 +80,11 @@ def find_token_slice(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _slices_tokens(index: Any, ndim: int) -> bool:
-    """Whether an index only slices dimensions other than the last, by constants."""
+    """Whether an index only slices dimensions other than the last, or picks one of such, by constants."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if not all(i is Ellipsis or isinstance(i, slice) for i in items) or items.count(Ellipsis) > 1:
+    if not all(i is Ellipsis or isinstance(i, (slice, int)) for i in items) or items.count(Ellipsis) > 1:
+        return False
+    if any(isinstance(i, bool) for i in items):
         return False
     if any(isinstance(v, fx.Node) for i in items if isinstance(i, slice) for v in (i.start, i.stop, i.step)):
         return False
@@ -80,7 +103,7 @@ def _changes_between(module: fx.GraphModule, chain: list[fx.Node], node: fx.Node
     return any(mutated_storages(n) & held for n in between)
 
 
-def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
+def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any) -> None:
     """Compute the chain a second time, on the sliced input of its amplifier, in place of the slice.
 
     Each copy stands beside what it copies, under the same autocast and grad mode and before whatever
@@ -89,7 +112,7 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
     x = chain[-1].args[0]
     assert isinstance(x, fx.Node)
     with graph.inserting_before(chain[-1]):
-        new = graph.call_function(operator.getitem, (x, node.args[1]))
+        new = graph.call_function(operator.getitem, (x, index))
     env = {x: new}
     for old in reversed(chain):
         with graph.inserting_after(old):
@@ -99,7 +122,8 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> None:
     chain[-1].meta["mst_sliced"] = True
     new.meta["mst_replaces"] = fake_tensor(node)
     node.replace_all_uses_with(new)
+    pieces = node.args[0]
     graph.erase_node(node)
-    for old in chain:
+    for old in [pieces, *chain] if pieces is not chain[0] else chain:
         if not old.users:
             graph.erase_node(old)

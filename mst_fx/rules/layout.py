@@ -67,6 +67,35 @@ def _slice(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any
     return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(dim), *args[2:]))]
 
 
+@rule(aten.slice_scatter, aten.select_scatter)
+def _write_slice(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    """A part of the features is replaced: by rows of its own, or by something that all tokens share."""
+    x = only_row(b, args[0])
+    names = [a.name for a in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    dim = given.pop("dim", 0) % args[0].ndim
+    at = x.feature_dim(dim)
+    if func.overloadpacket is aten.select_scatter:
+        shape, kinds = args[0].select(dim, 0).shape, without(x.kinds, dim)
+    else:
+        size = len(
+            range(*slice(given.get("start"), given.get("end"), given.get("step", 1)).indices(args[0].shape[dim]))
+        )
+        shape, kinds = [size if d == dim else s for d, s in enumerate(args[0].shape)], x.kinds
+    part = b.row(args[1])
+    if part is None or part.kinds != kinds or list(args[1].shape) != list(shape):
+        raise MixesTokensError("writes a value into the features that has no row per token")
+    rest = {k: v for k, v in given.items() if k not in names[:2]}
+    return [Row(x.kinds, b.emit(func, x.node, part.node, at, **rest))]
+
+
+@rule(aten.index_fill)
+def _index_fill(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
+    x = only_row(b, args[0])
+    value = b.shared(args[3]) if isinstance(args[3], torch.Tensor) else args[3]
+    return [Row(x.kinds, b.emit(func, x.node, x.feature_dim(args[1] % args[0].ndim), b.shared(args[2]), value))]
+
+
 @rule(aten.select)
 def _select(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
     x = only_row(b, args[0])
