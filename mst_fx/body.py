@@ -113,7 +113,8 @@ def trace_backward(body: Body, rows: int) -> Backward:
     with _made_fake(inputs), torch.no_grad():
         outs = [o for o in body.graph(*inputs)]
     differentiable = _differentiable(body, inputs)
-    tangents = [torch.empty_like(outs[i]) for i in differentiable]
+    # The loop hands rows over contiguous, however the forward lays its results out.
+    tangents = [torch.empty_like(outs[i], memory_format=torch.contiguous_format) for i in differentiable]
 
     def gradients(*flat: Any) -> list[Any]:
         xs, ts = flat[: len(inputs)], flat[len(inputs) :]

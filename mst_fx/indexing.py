@@ -170,10 +170,16 @@ def token_index(node: fx.Node) -> tuple[fx.Node, Any] | None:
     pieces = fake(source)
     if value is not None:
         return source, node.args[1]
-    if node_name(source) not in ("split", "chunk", "tensor_split") or not isinstance(source.args[0], fx.Node):
+    if node_name(source) not in ("split", "chunk", "tensor_split") or not source.args:
         return None
-    whole, at = fake_tensor(source.args[0]), node.args[1]
-    if whole is None or not isinstance(at, int) or len(source.args) + len(source.kwargs) > 3:
+    taken, at = source.args[0], node.args[1]
+    whole = fake_tensor(taken)
+    if (
+        whole is None
+        or not isinstance(taken, fx.Node)
+        or not isinstance(at, int)
+        or len(source.args) + len(source.kwargs) > 3
+    ):
         return None
     dim: Any = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else 0)
     ends = [0]
@@ -182,7 +188,7 @@ def token_index(node: fx.Node) -> tuple[fx.Node, Any] | None:
     at %= len(pieces)
     if not all(isinstance(e, int) for e in ends):
         return None
-    return source.args[0], _along(dim % whole.ndim, ends[at], ends[at + 1])
+    return taken, _along(dim % whole.ndim, ends[at], ends[at + 1])
 
 
 def _along(dim: int, start: int, stop: int) -> tuple[slice, ...]:

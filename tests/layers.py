@@ -242,6 +242,7 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
     "inplace_module": lambda: Between(nn.ReLU(inplace=True)),
     "inplace_chain": layer(lambda s, x: s.d(F.silu(s.u(x)).mul_(s.v(x)).add_(1.0)), v=linear(H, I), **UP_DOWN),
     "inplace_border": layer(lambda s, x: s.d(F.gelu(s.u(x))).add_(x).mul_(0.5), **UP_DOWN),
+    "assigned": layer(lambda s, x: s.d(F.gelu(first_zeroed(s.u(x)))), **UP_DOWN),
     "masked_fill_": between(lambda x: F.gelu(x).masked_fill_(x > 1, 0.0)),
     "learned_scalars": layer(
         lambda s, x: s.d(torch.tanh(s.a * s.u(x)) * s.g + s.u(x).abs().add(0.1).pow(F.softplus(s.a))),
@@ -304,7 +305,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "repeat_tokens": (between(lambda x: x.repeat(1, 2, 1)[:, ::2]), "repeats tokens"),
     "seen_through_a_view": (layer(lambda s, x: seen_twice(s, s.u(x)), **UP_DOWN), "in place"),
     "changed_under_no_grad": (layer(lambda s, x: s.d(F.gelu(halved(s.u(x)))), **UP_DOWN), "in place"),
-    "assigned": (layer(lambda s, x: s.d(F.gelu(first_zeroed(s.u(x)))), **UP_DOWN), "in place"),
+    "assigned_to_tokens": (layer(lambda s, x: s.d(F.gelu(first_token_zeroed(s.u(x)))), **UP_DOWN), "along a token"),
     "einsum_over_tokens": (
         layer(lambda s, x: torch.einsum("bth,st->bsh", F.gelu(torch.einsum("bsh,ts->bth", x, s.u)), s.d),
               u=weight(69, 23), d=weight(23, 69)), "mixes tokens"
@@ -330,6 +331,11 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def halved(x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         x.mul_(0.5)
+    return x
+
+
+def first_token_zeroed(x: torch.Tensor) -> torch.Tensor:
+    x[:, 0] = 0
     return x
 
 

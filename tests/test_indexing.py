@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.harness import EAGER, check_exact, chunked, reasons
-from tests.losses import B, Heads, S, V, ce, head_inputs, mean_of
+from tests.heads import B, Heads, S, V, ce, head_inputs, mean_of
 
 Tensor = torch.Tensor
 T = B * S
