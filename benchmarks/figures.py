@@ -301,7 +301,9 @@ def draw_lengths(path: Path) -> list[int]:
     peaks = {n: rows for n in LENGTHS_SHOWN if (rows := load(f"length-{n}")) is not None}
     times = {n: rows for n in LENGTHS_SHOWN if (rows := load(f"length-{n}-time")) is not None}
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), width_ratios=(1.5 if times else 3, 1))
+        figure = pyplot.figure(figsize=(10 if times else 7, 3.4))
+        grid = figure.add_gridspec(1, 2 if times else 1, width_ratios=(1.5, 1)[: 2 if times else 1])
+        left, right = figure.add_subplot(grid[0]), figure.add_subplot(grid[1]) if times else None
         series = {s: [(n, _peak(rows[s]) / 2**20) for n, rows in peaks.items()] for s in SERIES}
         height, below = max(y for own in series.values() for _, y in own), -1.0
         for system in sorted(SERIES, key=lambda s: series[s][-1][1]):  # labels from the lowest, none upon another
@@ -319,15 +321,15 @@ def draw_lengths(path: Path) -> list[int]:
             left.annotate(f"{label}, {value:.0f} MiB", (end, below), (7, 0), textcoords="offset points", color=colour,
                           va="center", annotation_clip=False)  # fmt: skip
             ratios = [(n, _median_ratio(rows, system, "inductor")) for n, rows in times.items()]
-            if ratios:
+            if right is not None:
                 right.plot(*zip(*ratios, strict=True), **style)
         left.set(ylabel="peak of a step over its start, MiB", ylim=(0, 1.08 * height), xlim=(0, max(peaks) * 1.02))
         left.set_xticks(list(peaks), [f"{n // 1024}K" for n in peaks])
-        right.set(ylabel="step time by plain Inductor's", ylim=(0, None), xscale="log")
-        right.set_xticks(list(times), [f"{n // 1024}K" for n in times])
-        right.minorticks_off()
-        right.set_visible(bool(times))
-        for axes in (left, right):
+        if right is not None:
+            right.set(ylabel="step time by plain Inductor's", ylim=(0, None), xscale="log")
+            right.set_xticks(list(times), [f"{n // 1024}K" for n in times])
+            right.minorticks_off()
+        for axes in figure.axes:
             axes.set_xlabel("sequence length")
             axes.grid(axis="y", color="0.9")
             axes.set_axisbelow(True)
