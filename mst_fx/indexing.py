@@ -131,7 +131,7 @@ def _write_slices(writer: Writer, x: fx.Node, items: Items, value: Any) -> fx.No
         return writer.call(torch.full_like, x, value)
     (dim, item), rest = items[0], items[1:]
     if isinstance(item, slice):
-        part = writer.call(_slice, x, dim, item.start, item.stop, item.step)
+        part = writer.call(slice_features, x, dim, item.start, item.stop, item.step)
         inner = _write_slices(writer, part, rest, value)
         return writer.call(torch.slice_scatter, x, inner, dim, item.start, item.stop, item.step or 1)
     part = writer.call(torch.select, x, dim, item)
@@ -139,7 +139,8 @@ def _write_slices(writer: Writer, x: fx.Node, items: Items, value: Any) -> fx.No
     return writer.call(torch.select_scatter, x, inner, dim, item)
 
 
-def _slice(x: torch.Tensor, dim: int, start: int | None, stop: int | None, step: int | None) -> torch.Tensor:
+def slice_features(x: torch.Tensor, dim: int, start: int | None, stop: int | None, step: int | None) -> torch.Tensor:
+    """Return a slice along one dimension."""
     return x[(slice(None),) * dim + (slice(start, stop, step),)]
 
 

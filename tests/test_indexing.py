@@ -141,6 +141,11 @@ def first_tokens(s: Any, logits: Tensor, labels: Tensor) -> None:
     logits[:, :3] = 0
 
 
+def first_tokens_then_sliced(s: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    logits[:, :3] = 0
+    return F.pad(logits[:, 2:], (0, 0, 2, 0))
+
+
 def own_first_token(s: Any, logits: Tensor, labels: Tensor) -> None:
     logits[..., :5] = logits[:, :1, 5:10]
 
@@ -188,7 +193,7 @@ def taken_along_tokens(s: Any, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.take_along_dim(logits, labels.clamp(min=0, max=S - 1)[..., None], 1)
 
 
-MISSES = [first_tokens, own_first_token, seen_by_a_view, many_indices, counting_changed, other_rows, different_rows,
+MISSES = [first_tokens, first_tokens_then_sliced, own_first_token, seen_by_a_view, many_indices, counting_changed, other_rows, different_rows,
           scaled_rows, along_tokens, changed_rows, taken_along_tokens]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from mst_fx.measure import MALLOC_ENV
 from tests.harness import check_exact, chunked
 from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
+from tests.test_tokenwise import MaskedExperts, Model
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -38,6 +39,20 @@ def test_llama(checkpointing: bool) -> None:
 @pytest.mark.slow
 def test_plain_model_in_bf16() -> None:
     check_exact(LanguageModel(SwiGLU()).bfloat16(), token_inputs(), compiler="inductor", slack=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_experts(implementation: str) -> None:
+    model = hf("mixtral", experts_implementation=implementation, output_router_logits=True)
+    ours = check_exact(model, hf_inputs("mixtral"), compiler="inductor")
+    assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_promised_module() -> None:
+    ours = check_exact(Model(MaskedExperts()), token_inputs(), compiler="inductor")
+    assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (2, 1)
 
 
 @linux

@@ -62,21 +62,50 @@ def find_token_slice(node: fx.Node) -> tuple[list[fx.Node], Any] | None:
     value = fake_tensor(sliced[0]) if sliced is not None else None
     if sliced is None or value is None or not _slices_tokens(sliced[1], value.ndim):
         return None
-    chain = [sliced[0]]
-    while True:
-        projection = read_projection(chain[-1])
-        if projection is not None:
-            x, out = fake_tensor(projection.tokens), fake_tensor(chain[-1])
-            assert x is not None
-            assert out is not None
-            wide = x.ndim == out.ndim and chain[-1].op == "call_function" and chain[-1].args[0] is projection.tokens
-            is_linear = getattr(chain[-1].target, "__name__", "") == "linear"
-            ok = wide and is_linear and projection.growth > AMPLIFICATION
-            return (chain, sliced[1]) if ok else None
-        name = node_name(chain[-1])
-        if name not in _ELEMENTWISE or len(chain[-1].all_input_nodes) != 1:
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    found: set[fx.Node] = set()
+    stack = [sliced[0]]
+    keeps_rank = not any(isinstance(i, int) for i in (sliced[1] if isinstance(sliced[1], tuple) else (sliced[1],)))
+    amplifiers = set[fx.Node]()
+    while stack:
+        current = stack.pop()
+        if current in found:
+            continue
+        found.add(current)
+        if read_projection(current) is not None:
+            amplifiers.add(current)
+            continue
+        ahead = current.all_input_nodes
+        if node_name(current) not in _ELEMENTWISE or len(ahead) != 1:
+            ahead = _written(current) if keeps_rank else []
+        if not ahead:
             return None
-        chain.append(chain[-1].all_input_nodes[0])
+        stack += ahead
+    if len(amplifiers) != 1 or not _is_linear_amplifier(*amplifiers):
+        return None
+    return sorted(found, key=order.__getitem__, reverse=True), sliced[1]
+
+
+def _is_linear_amplifier(node: fx.Node) -> bool:
+    projection, out = read_projection(node), fake_tensor(node)
+    assert projection is not None
+    x = fake_tensor(projection.tokens)
+    same = x is not None and out is not None and x.ndim == out.ndim and node.args[:1] == (projection.tokens,)
+    return same and node.op == "call_function" and node_name(node) == "linear" and projection.growth > AMPLIFICATION
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return what a node writes features of, or with: values with the same tokens; none where it is not known."""
+    value, name = fake_tensor(node), node_name(node)
+    if value is None or not node.args or node.kwargs:
+        return []
+    if name == "full_like":
+        return node.all_input_nodes
+    if name == "masked_fill":
+        given = fake_tensor(node.args[1])
+        return [node.args[0]] if given is not None and given.ndim < 2 and not isinstance(node.args[2], fx.Node) else []  # pyright: ignore
+    at = {"slice_features": 1, "slice_scatter": 2}.get(name)
+    return node.all_input_nodes if at is not None and node.args[at] == value.ndim - 1 else []
 
 
 def _slices_tokens(index: Any, ndim: int) -> bool:
