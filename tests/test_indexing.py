@@ -193,8 +193,8 @@ def taken_along_tokens(s: Any, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.take_along_dim(logits, labels.clamp(min=0, max=S - 1)[..., None], 1)
 
 
-MISSES = [first_tokens, first_tokens_then_sliced, own_first_token, seen_by_a_view, many_indices, counting_changed, other_rows, different_rows,
-          scaled_rows, along_tokens, changed_rows, taken_along_tokens]  # fmt: skip
+MISSES = [first_tokens, first_tokens_then_sliced, own_first_token, seen_by_a_view, many_indices, counting_changed,
+          other_rows, different_rows, scaled_rows, along_tokens, changed_rows, taken_along_tokens]  # fmt: skip
 
 
 @pytest.mark.parametrize("write", MISSES, ids=lambda f: f.__name__)
