@@ -245,6 +245,9 @@ def _is_arange(node: Any, dim: int, ndim: int, size: Any) -> bool:
         return False
     while isinstance(node, fx.Node) and (_adds_dimensions(node) or node_name(node) in ("to", "long", "unsqueeze")):
         node = node.args[0]
+        between = fake_tensor(node)
+        if between is None or between.dtype not in _INTEGERS:
+            return False  # counts do not fit into every dtype
     if not isinstance(node, fx.Node) or node.target is not torch.arange:
         return False
     given: tuple[Any, ...] = node.args if len(node.args) != 1 else (0, *node.args)
