@@ -125,3 +125,19 @@ def test_paths_are_folded() -> None:
     assert fold_paths(["a.0.m", "a.1.m", "a.3.m", "head", ""]) == "a.{0-1,3}.m, head"
     assert fold_paths(["a.7.m"]) == "a.7.m"
     assert fold_paths(["3"]) == "3"
+
+
+def test_what_is_spelled_out_of_place_is_no_change() -> None:
+    class Masked(LanguageModel):
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            scale = torch.ones(16)
+            scale[3:7] = 0.5
+            scale.mul_(2.0)
+            x = self.embed(ids) * scale
+            for block in self.blocks:
+                x = x + block(x)
+            return F.cross_entropy(self.head(x).flatten(0, -2), labels.flatten())
+
+    report = mst_fx.explain(Masked(SwiGLU()), OPTIONS)(**token_inputs())
+    assert len(report.chunked) == 2
+    assert all(hunk.regions for hunk in hunks(report))

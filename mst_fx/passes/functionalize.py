@@ -57,7 +57,8 @@ def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> b
         writer.undo()
         return False
     # It is the same step of the user's code spelled otherwise, so it keeps its origin: no change for who reads a diff.
-    new.meta |= {k: v for k, v in node.meta.items() if k == "mst_origin"}
+    for built in writer.built:
+        built.meta |= {k: v for k, v in node.meta.items() if k == "mst_origin"}
     target.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
