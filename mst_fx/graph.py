@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.inductor import symbolic_sizes
+from mst_fx.inductor import storage_of, symbolic_sizes
 
 _PROMISE = str(pathlib.Path(__file__).with_name("promise.py"))
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -204,7 +204,7 @@ def storages(node: fx.Node) -> set[int]:
     found = []
     fx.map_arg((node,), lambda n: found.append(fake(n)))
     tensors = [t for v in found for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, torch.Tensor)]
-    return {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
+    return {storage_of(t) for t in tensors if t.layout is torch.strided}
 
 
 def mutated_storages(node: fx.Node) -> set[int]:

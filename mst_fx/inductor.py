@@ -44,30 +44,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
-    "Bucket",
-    "DDPOptimizer",
-    "apart_from_autograd_settings",
-    "compile_body",
-    "compile_graph",
-    "cpu_multiplies",
-    "debug_folder",
-    "fake_mode_of",
-    "fake_tensors",
-    "finish_kernels",
-    "global_settings",
-    "graph_break",
-    "is_piece",
-    "keep_source",
-    "kernels_at_once",
-    "mode_options",
-    "option_names",
-    "partition",
-    "probe_cpu",
-    "symbolic_inputs",
-    "symbolic_sizes",
-    "trace_artifact",
-    "without_modes",
-]
+    "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "compile_body", "compile_graph", "cpu_multiplies",
+    "debug_folder", "fake_mode_of", "fake_tensors", "finish_kernels", "global_settings", "graph_break", "is_piece",
+    "keep_source", "kernels_at_once", "mode_options", "option_names", "partition", "probe_cpu", "storage_of",
+    "symbolic_inputs", "symbolic_sizes", "trace_artifact", "without_modes",
+]  # fmt: skip
 
 MINIMUM_TORCH = (2, 11)
 
@@ -170,6 +151,13 @@ def option_names() -> list[str]:
     return list(inductor_config.get_config_copy())
 
 
+def storage_of(value: torch.Tensor) -> int:
+    """Return the identity of a value's storage; under ``torch.func.vmap``, that of what is mapped over."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.untyped_storage()._cdata
+
+
 def is_plain_fake(value: Any) -> bool:
     """Whether a fake value is a plain tensor, no DTensor or other subclass around one."""
     return isinstance(value, FakeTensor)
@@ -225,10 +213,9 @@ def compile_graph(
 def _partitioner_settings(chunked: bool) -> Any:
     """Return the settings AOTAutograd's partitioner runs under.
 
-    NOTE [recompute what feeds a loop] AOTAutograd's partitioner saves whatever must exist as a whole in the
-    backward, e.g. the normed input of a matmul, although the residual it comes from is saved too. With wide
-    values gone these are the largest term (half of what a Llama layer keeps, and the S x S mask), so in a
-    graph with chunked regions they may be recomputed, which is pointwise work.
+    NOTE [recompute what feeds a loop] AOTAutograd's partitioner saves whatever must exist as a whole in the backward,
+    e.g. a matmul's normed input, although the residual it comes from is saved too. With wide values gone these are
+    half of what a Llama layer keeps, so in a chunked graph they may be recomputed, which is pointwise work.
     """
     return functorch_config.patch(ban_recompute_materialized_backward=not chunked)
 

@@ -246,3 +246,26 @@ def test_dtensor_weights_are_left_alone_with_the_reason(tmp_path: Any) -> None:
         assert "DTensor" in str(mst_fx.reports()[-1])
     finally:
         dist.destroy_process_group()
+
+
+def test_in_place_ops_beside_vmap() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = SwiGLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            places = torch.arange(23.0)
+            near = torch.func.vmap(lambda p: (p - places).abs() < 3)(places)
+            places.mul_(2.0)
+            weights = torch.zeros(23)
+            weights[3:7] = 1.0
+            weights.add_(near.float().mean(0))
+            return self.mlp(x) * (weights + places)[:, None]
+
+    model, x = Masked(), torch.randn(2, 23, 16)
+    expected = model(x)
+    options = {"mst.chunk_tokens": 8, **EAGER}
+    torch.testing.assert_close(torch.compile(model, backend="mst", options=options)(x), expected)
+    report = mst_fx.reports()[-1]
+    assert len(report.chunked) == 1
