@@ -212,7 +212,7 @@ def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     old = fake_tensor(output.node)
     assert old is not None
     if not output.reduced:
-        return _unflatten(graph, lifted, output, value, old.shape)
+        return _unflatten(graph, lifted, output, value, old)
     assert output.total is not None
     wide = sum_dtype(old.dtype)
     total = value if summed else graph.call_method("sum", (value,), {"dtype": wide})
@@ -232,8 +232,8 @@ def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node) -> fx.Node:
     return graph.call_function(torch.where, (none, float("nan"), quotient))
 
 
-def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, shape: Any) -> fx.Node:
-    kinds = output.row.kinds
+def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, old: torch.Tensor) -> fx.Node:
+    kinds, shape = output.row.kinds, old.shape
     tokens = [d for d, k in enumerate(kinds) if k]
     if len(tokens) > 1:
         unknown = [d for d in tokens if not isinstance(shape[d], int)]
@@ -246,6 +246,8 @@ def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     order = tokens + [d for d, k in enumerate(kinds) if not k]
     if order != sorted(order):
         value = graph.call_method("permute", (value, *(order.index(d) for d in range(len(order)))))
+        if old.is_contiguous():  # a reader may view it, or what is computed of it, as what was
+            value = graph.call_method("contiguous", (value,))
     return value
 
 

@@ -184,6 +184,13 @@ def repeated_experts(s: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(up * F.silu(gate), s.d).sum(0).view_as(x)
 
 
+def viewed_experts(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """The experts' results viewed as one list of rows, which needs the layout that ``bmm`` gives them: Llama 4."""
+    t = x.reshape(-1, H)
+    gate, up = torch.bmm(t.repeat(E, 1).view(E, -1, H), s.u).chunk(2, -1)
+    return torch.bmm(up * F.silu(gate), s.d).view(-1, H).reshape(E, -1, H).sum(0).view_as(x)
+
+
 EXPERTS = {"u": weight(E, H, 2 * I), "d": weight(E, I, H), "b": weight(E, 2 * I), "r": linear(H, E)}
 
 
@@ -282,6 +289,7 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
         convnext, c=lambda: nn.Conv2d(H, H, 3, padding=1, groups=H), n=lambda: nn.LayerNorm(H), g=weight(H), **UP_DOWN
     ),
     "dense_experts": layer(dense_experts, **EXPERTS),
+    "viewed_experts": layer(viewed_experts, u=weight(E, H, 2 * I), d=weight(E, I, H)),
     "repeated_experts": layer(repeated_experts, **{k: v for k, v in EXPERTS.items() if k != "b"}),
     "decoder": Decoder,
     "lora_two_adapters": adapted(lambda a, b: Lora(nn.Linear(a, b), a, b, count=2)),
