@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import functools
 import hashlib
+import itertools
 import pathlib
 import platform
 import threading
@@ -167,8 +168,10 @@ def symbolic_inputs(body: Any, rows: int) -> list[Any]:
     """Make fake inputs of a body whose chunked inputs share one symbolic number of rows."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    # Sizes 0 and 1 are specialized, so the example value is at least 2.
-    size = mode.from_tensor(torch.empty(max(rows, 2)), symbolic_context=context).shape[0]
+    # Sizes 0 and 1 are specialized, and torch 2.11 takes the example value for any size that equals it.
+    sizes = {0, 1, *(n for s in (*body.chunked, *body.shared) for n in s.shape)}
+    rows = next(n for n in itertools.count(rows) if n not in sizes)
+    size = mode.from_tensor(torch.empty(rows), symbolic_context=context).shape[0]
     with mode:
         inputs: list[Any] = [torch.empty((size, *s.shape), dtype=s.dtype, device=s.device) for s in body.chunked]
         inputs += [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in body.shared]

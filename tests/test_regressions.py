@@ -269,3 +269,12 @@ def test_in_place_ops_beside_vmap() -> None:
     torch.testing.assert_close(torch.compile(model, backend="mst", options=options)(x), expected)
     report = mst_fx.reports()[-1]
     assert len(report.chunked) == 1
+
+
+def test_chunks_of_as_many_tokens_as_there_are_features() -> None:
+    """Torch 2.11 took the number of rows for the number of features: a shorter last chunk failed."""
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    loss = torch.compile(model, backend="mst", options={"mst.chunk_tokens": 16, **EAGER})(**inputs)
+    torch.testing.assert_close(loss, model(**inputs))
+    loss.backward()
+    assert len(mst_fx.reports()[-1].chunked) == 2
