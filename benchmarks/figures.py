@@ -38,13 +38,18 @@ Rows = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Turns:
-    """Step times of several systems by turns."""
+class Compared:
+    """One work that several systems do."""
 
     work: str
     dtype: str
     systems: tuple[str, ...]
     shapes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turns(Compared):
+    """Step times of several systems by turns."""
 
     def run(self, steps: int, clock: str) -> Rows:
         """Measure in one process; the row says which clock the ratios are to be read by."""
@@ -56,13 +61,9 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Cells:
+class Cells(Compared):
     """Peak, first step and, where asked for, the gradients' error: a process and a cold cache for each system."""
 
-    work: str
-    dtype: str
-    systems: tuple[str, ...]
-    shapes: dict[str, Any]
     error: bool = False
     rounds: int = 1
     steps: int = 1
