@@ -17,7 +17,7 @@ from torch import fx
 from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.config import Config
 from mst_fx.graph import fake, fake_tensor, module_path
-from mst_fx.inductor import compile_body, global_settings
+from mst_fx.inductor import compile_body, global_settings, storage_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Output
 from mst_fx.ops import BODIES, CompiledBody
@@ -108,10 +108,10 @@ def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
     tokens = size_hint(lifted.tokens) if lifted is not None else 0
     if not tokens and first is not None:
         tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
-    given = {(v.untyped_storage()._cdata, str(v.shape)) for t in region.terminals for v in _tensors(fake(t))}
+    given = {(storage_of(v), str(v.shape)) for t in region.terminals for v in _tensors(fake(t))}
     for node in region.nodes:
         for value in _tensors(fake(node)):
-            numel, storage = size_hint(value.numel()), value.untyped_storage()._cdata
+            numel, storage = size_hint(value.numel()), storage_of(value)
             if (storage, str(value.shape)) not in given:
                 seen[storage] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
     return sum(seen.values()) + region.row_bytes

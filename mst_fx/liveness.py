@@ -28,7 +28,7 @@ from torch import fx
 from mst_fx.body import Term
 from mst_fx.chunking import size_hint
 from mst_fx.graph import module_path, source_of
-from mst_fx.inductor import cpu_multiplies, partition
+from mst_fx.inductor import cpu_multiplies, partition, storage_of
 from mst_fx.ops import BODIES, MAP, PRODUCT_BLOCK_BYTES, SUM, CompiledBody
 from mst_fx.pipeline import copy_graph
 from mst_fx.printing import node_line, target_text, value_text
@@ -195,7 +195,7 @@ def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and any(r.alias_info and not r.alias_info.is_write for r in schema.returns):
         return True
-    return value.untyped_storage()._cdata == base.untyped_storage()._cdata
+    return storage_of(value) == storage_of(base)
 
 
 def _program(module: fx.GraphModule, phase: str, refs: dict[fx.Node, frozenset[_Key]]) -> _Program:
@@ -376,7 +376,7 @@ def _wide_bytes(found: CompiledBody, position: int, term: Term, results: list[An
 def _is_contiguous(term: Term, shape: Iterable[int]) -> bool:
     total = torch.empty(term.shape, device="meta")
     laid = total if term.layout is None else term.layout(total)
-    same = laid.untyped_storage()._cdata == total.untyped_storage()._cdata
+    same = storage_of(laid) == storage_of(total)
     return same and laid.reshape(tuple(shape)).is_contiguous()
 
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
 from mst_fx.graph import autocast_now, fake, fake_tensor, source_of, walking
-from mst_fx.inductor import is_plain_fake
+from mst_fx.inductor import is_plain_fake, storage_of
 from mst_fx.lift import Input, Lifted, Lifter, Output
 from mst_fx.promise import Promise, find_promise, tokenwise_call
 from mst_fx.random import SeededDropout
@@ -219,7 +219,7 @@ def _body(function: ModuleRows, chunked: tuple[InputSpec, ...], shared: tuple[In
 
 
 def _check(traced: fx.GraphModule) -> None:
-    given = {n.meta["val"].untyped_storage()._cdata for n in traced.graph.nodes if n.op == "placeholder"}
+    given = {storage_of(n.meta["val"]) for n in traced.graph.nodes if n.op == "placeholder"}
     for node in traced.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -227,7 +227,7 @@ def _check(traced: fx.GraphModule) -> None:
             raise MixesTokensError(f"it draws random numbers ({node.target}), which would differ in the backward")
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, fx.Node) and value.meta["val"].untyped_storage()._cdata in given:
+            if written and isinstance(value, fx.Node) and storage_of(value.meta["val"]) in given:
                 raise MixesTokensError(f"it changes an input, a parameter or a buffer in place ({node.target})")
 
 
@@ -245,7 +245,7 @@ def _constants(traced: fx.GraphModule) -> list[str]:
 def _wide_bytes(traced: fx.GraphModule) -> int:
     """Return the bytes per token of what the module computes, its outputs left out and views counted once."""
     output = next(n for n in traced.graph.nodes if n.op == "output")
-    ends = {n.meta["val"].untyped_storage()._cdata for n in output.all_input_nodes}
+    ends = {storage_of(n.meta["val"]) for n in output.all_input_nodes}
     seen: dict[int, int] = {}
     for node in traced.graph.nodes:
         value = node.meta.get("val")
@@ -253,5 +253,5 @@ def _wide_bytes(traced: fx.GraphModule) -> int:
             continue
         sizes = [s if isinstance(s, int) else int(s.node.hint or ROWS) for s in value.shape]
         if any(not isinstance(s, int) for s in value.shape):
-            seen[value.untyped_storage()._cdata] = math.prod(sizes) * value.dtype.itemsize // ROWS
+            seen[storage_of(value)] = math.prod(sizes) * value.dtype.itemsize // ROWS
     return sum(size for storage, size in seen.items() if storage not in ends)

@@ -31,6 +31,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from mst_fx.inductor import storage_of
 from mst_fx.recorder import RowTracer
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, aten, same_size
 
@@ -175,9 +176,9 @@ class SlotBuilder(RowBuilder):
 
     def names(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """Return the known tensors that are the same memory, None if some see a part of it or come from outside."""
-        storage = tensor.untyped_storage()._cdata
-        outside = {live.tensor.untyped_storage()._cdata for live, _ in self.live_ins.values()}
-        found = [t for t in self._all if t.untyped_storage()._cdata == storage]
+        storage = storage_of(tensor)
+        outside = {storage_of(live.tensor) for live, _ in self.live_ins.values()}
+        found = [t for t in self._all if storage_of(t) == storage]
         same = all(
             isinstance(self.form(t), type(self.form(tensor)))
             and t.dtype == tensor.dtype
