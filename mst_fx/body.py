@@ -12,7 +12,8 @@ off. It covers exactly the inputs that need gradients, so a frozen weight costs 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.inductor import fake_mode_of, symbolic_inputs
+from mst_fx.inductor import fake_mode_of, symbolic_inputs, symbolic_sizes
 from mst_fx.rows import concrete
 from mst_fx.simplify import simplify_loss_backward
 
@@ -150,11 +151,13 @@ def _run_with_grad(body: Body, xs: Sequence[Any]) -> tuple[list[Any], Any]:
         return [xs[i] for i in body.needs], body.graph(*xs)
 
 
-def _made_fake(inputs: Sequence[Any]) -> Any:
-    """Return a context in which new tensors are fake too: a real ``arange`` would fix the symbolic rows."""
+@contextmanager
+def _made_fake(inputs: Sequence[Any]) -> Iterator[None]:
+    """Run on fakes what makes tensors of its own: a real ``arange`` would fix the symbolic rows."""
     mode = fake_mode_of(inputs)
     assert mode is not None
-    return mode
+    with mode, symbolic_sizes():
+        yield
 
 
 def _differentiable(body: Body, inputs: Sequence[Any]) -> list[int]:

@@ -161,10 +161,18 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     if call.function is F.cross_entropy:
         options["label_smoothing"] = call.label_smoothing
     with fake_mode, recording(b), symbolic_sizes():
-        value = call.function(rows, row_labels, **options)
+        value = _soft_loss(call, rows, row_labels, weight) if call.soft else call.function(rows, row_labels, **options)
     result = b.row(value)
     assert result is not None
     return Row((True,) * (logits.ndim - 1), result.node)
+
+
+def _soft_loss(call: LossCall, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Return the cross-entropy with probabilities, per row; that of torch 2.11 fixes the number of rows."""
+    if call.label_smoothing:
+        labels = labels * (1 - call.label_smoothing) + call.label_smoothing / logits.shape[1]
+    terms = F.log_softmax(logits, 1) * labels
+    return -(terms if weight is None else terms * weight).sum(1)
 
 
 def _per_token_sum(b: RowBuilder, total: ValueSum, fake_mode: Any) -> Row:
