@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.inductor import fake_mode_of, symbolic_inputs, symbolic_sizes
+from mst_fx.inductor import fake_mode_of, symbolic_inputs, symbolic_sizes, tracing_in_mode_of
 from mst_fx.rows import concrete
 from mst_fx.simplify import simplify_loss_backward
 
@@ -172,7 +172,7 @@ def differentiable_outputs(body: Body) -> list[int]:
 
 
 def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
-    with torch.inference_mode(False), _no_autocast(inputs):
+    with torch.inference_mode(False), _no_autocast(inputs), tracing_in_mode_of(inputs):
         traced = make_fx(fn, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
     if isinstance(inputs[0].shape[0], torch.SymInt) and isinstance(concrete(inputs[0].shape[0]), int):
         raise ValueError("tracing has fixed the number of its rows, so it would be wrong for a shorter last chunk")

@@ -48,7 +48,7 @@ __all__ = [
     "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "compile_body", "compile_graph", "cpu_multiplies",
     "debug_folder", "fake_mode_of", "fake_tensors", "finish_kernels", "global_settings", "graph_break", "is_piece",
     "keep_source", "kernels_at_once", "mode_options", "option_names", "partition", "probe_cpu", "storage_of",
-    "symbolic_inputs", "symbolic_sizes", "trace_artifact", "without_modes",
+    "symbolic_inputs", "symbolic_sizes", "trace_artifact", "tracing_in_mode_of", "without_modes",
 ]  # fmt: skip
 
 MINIMUM_TORCH = (2, 11)
@@ -150,6 +150,16 @@ def without_modes() -> contextlib.AbstractContextManager[Any]:
 def option_names() -> list[str]:
     """Return the names of Inductor's options."""
     return list(inductor_config.get_config_copy())
+
+
+def tracing_in_mode_of(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Let ``make_fx`` trace with the symbols of its inputs: inside a backend it would take Dynamo's fake mode.
+
+    It would make symbols of its own there, on which nothing may depend, and which Dynamo knows no source of.
+    """
+    mode = fake_mode_of(inputs)
+    assert mode is not None
+    return tracing(TracingContext(mode))
 
 
 def storage_of(value: torch.Tensor) -> int:
