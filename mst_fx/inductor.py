@@ -28,7 +28,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.distributed import Bucket, DDPOptimizer
-from torch._dynamo.utils import get_debug_dir
+from torch._dynamo.utils import counters, get_debug_dir
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -45,10 +45,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
-    "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "compile_body", "compile_graph", "cpu_multiplies",
-    "debug_folder", "fake_mode_of", "fake_tensors", "finish_kernels", "global_settings", "graph_break", "is_piece",
-    "keep_source", "kernels_at_once", "mode_options", "option_names", "partition", "probe_cpu", "storage_of",
-    "symbolic_inputs", "symbolic_sizes", "trace_artifact", "tracing_in_mode_of", "without_modes",
+    "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "breaks_so_far", "compile_body", "compile_graph",
+    "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "finish_kernels", "global_settings",
+    "graph_break", "is_piece", "keep_source", "kernels_at_once", "mode_options", "option_names", "partition",
+    "probe_cpu", "storage_of", "symbolic_inputs", "symbolic_sizes", "trace_artifact", "tracing_in_mode_of",
+    "without_modes",
 ]  # fmt: skip
 
 MINIMUM_TORCH = (2, 11)
@@ -118,6 +119,11 @@ def graph_break(module: fx.GraphModule) -> tuple[str, str] | None:
     )[0]
 
 
+def breaks_so_far() -> dict[str, int]:
+    """Return how often in this process Dynamo broke a graph or left a function to eager, by reason."""
+    return dict(counters["graph_break"])
+
+
 def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
     """Let composite ops run on symbolic sizes: torch 2.11's C++ ones ask for integers, which would fix the length."""
     return enable_python_dispatcher()
@@ -153,10 +159,7 @@ def option_names() -> list[str]:
 
 
 def tracing_in_mode_of(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Let ``make_fx`` trace with the symbols of its inputs: inside a backend it would take Dynamo's fake mode.
-
-    It would make symbols of its own there, on which nothing may depend, and which Dynamo knows no source of.
-    """
+    """Let ``make_fx`` trace with the symbols of its inputs: inside a backend it makes some in Dynamo's fake mode."""
     mode = fake_mode_of(inputs)
     assert mode is not None
     return tracing(TracingContext(mode))

@@ -15,7 +15,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, fake, fake_tensor, source_of, walking
-from mst_fx.inductor import apart_from_autograd_settings, fake_mode_of, graph_break, keep_source
+from mst_fx.inductor import apart_from_autograd_settings, breaks_so_far, fake_mode_of, graph_break, keep_source
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.causal_masks import causal_masks
@@ -63,7 +63,7 @@ def run_passes(
     started = time.perf_counter()
     context = Context(config, fake_mode_of([fake(n) for n in module.graph.nodes]))
     rewritten = copy_graph(module)
-    notes = _notes(module)
+    notes, breaks = _notes(module), _new_breaks()
     if context.fake_mode is None:
         notes.append("the graph carries no shapes")
     else:
@@ -76,6 +76,7 @@ def run_passes(
     if broken is not None and any(r.kind == "loss" and r.status == "skipped" for r in context.reports):
         notes.append(f"a graph break ends the graph of these logits at {broken[0]}: {broken[1]}")
     chunked = any(r.status == "chunked" for r in context.reports)
+    notes += [] if chunked else [_LEFT.format(reason) for reason in breaks]
     changed = chunked or context.masks > 0
     if context.masks:
         several = "s" if context.masks > 1 else ""
@@ -203,6 +204,22 @@ def _notes(module: fx.GraphModule) -> list[str]:
                     "head and loss. Compile one function that holds both (TORCH_LOGS=graph_breaks shows the break)."
                 )
     return list(dict.fromkeys(notes))
+
+
+_LEFT = (
+    "Dynamo left code to eager before it came to this graph, and nothing in it is chunked: {} "
+    "(TORCH_LOGS=graph_breaks shows where)"
+)
+_breaks_told: dict[str, int] = {}
+
+
+def _new_breaks() -> list[str]:
+    """Return why Dynamo broke graphs since this was last asked: a function it gives up has no graph to be noted on."""
+    found = breaks_so_far()
+    new = [reason for reason, times in found.items() if times > _breaks_told.get(reason, 0)]
+    _breaks_told.clear()
+    _breaks_told.update(found)
+    return [(reason.splitlines() or [""])[0] for reason in new]
 
 
 def _unread_graph(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:

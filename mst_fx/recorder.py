@@ -167,8 +167,10 @@ def _run_custom(builder: RowBuilder, node: fx.Node, fake_mode: Any) -> Any:
     known = [r for r in rows if r is not None]
     if not all(isinstance(g, fx.GraphModule) for g in graphs) or len(known) != len(rows):
         raise MixesTokensError("calls a custom autograd function on more than values of the tokens")
-    if node.kwargs.get("dirty_idx") or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-        raise MixesTokensError("calls a custom autograd function in place or under autocast")
+    if node.kwargs.get("dirty_idx"):
+        raise MixesTokensError("calls a custom autograd function that changes its argument in place")
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise MixesTokensError("calls a custom autograd function under autocast")
     forward = _GraphRecorder(fake_mode)
     results = forward.run(graphs[0], values, [r.kinds for r in known])
     outs, saved = (tuple(v) if isinstance(v, (list, tuple)) else (v,) for v in results)
@@ -202,7 +204,9 @@ class _GraphRecorder:
         for i, (value, kind) in enumerate(zip(tensors, kinds, strict=True)):
             self.builder.bind(value, Row(kind, self.builder.placeholder(f"row_{i}")))
         with self.fake_mode, recording(self.builder), symbolic_sizes():
-            results = fx.Interpreter(module).run(*values)
+            interpreter = fx.Interpreter(module)
+            interpreter.extra_traceback = False  # the reason is for people: it needs no graph in it
+            results = interpreter.run(*values)
         if self.builder.live_ins or self.builder.seed is not None:
             raise MixesTokensError("calls a custom autograd function that reads more than its arguments")
         return results

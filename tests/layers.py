@@ -233,7 +233,7 @@ def top_tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 TOKENWISE: dict[str, Callable[[], nn.Module]] = {
-    "bloom": between(Bloom.apply),
+    "bloom": between(lambda x: Bloom.apply(x)),
     "straight_through": layer(lambda s, x: s.d(StraightThrough.apply(s.u(x), s.v(x))), v=linear(H, I), **UP_DOWN),
     "group_norm": layer(
         lambda s, x: s.d(s.n(s.u(x).flatten(0, 1)).view(*x.shape[:2], I)), n=lambda: nn.GroupNorm(4, I), **UP_DOWN
@@ -300,7 +300,7 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "centred_gradient": (between(CentredGradient.apply), "custom autograd function|mean"),
+    "centred_gradient": (between(lambda x: CentredGradient.apply(x)), "custom autograd function|mean"),
     "gradient_of_a_parameter": (layer(lambda s, x: s.d(ScaledBy.apply(s.u(x), s.g)), g=weight(I), **UP_DOWN), "custom"),
     "group_norm_over_tokens": (
         layer(lambda s, x: s.d(s.n(s.u(x).mT).mT), n=lambda: nn.GroupNorm(4, I), **UP_DOWN), "group_norm"

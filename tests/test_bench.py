@@ -35,9 +35,11 @@ def test_every_eager_system_does_the_same_work(work: str, system: str) -> None:
     made = WORKS[work](**TINY[work], **CPU)
     try:
         fn = SYSTEMS[system](made, {"chunk_tokens": 16})
-    except UnavailableError:
-        assert system == "liger" or (work, system) in {("mlp", "F.linear_cross_entropy"), ("head", "chunk checkpoint")}
-        return
+    except UnavailableError as e:
+        if (work, system) in {("mlp", "F.linear_cross_entropy"), ("head", "chunk checkpoint")}:
+            return
+        assert system == "liger" or not hasattr(torch.nn.functional, "linear_cross_entropy")
+        pytest.skip(str(e))
     made.step(fn)
     found = {n: g.clone() for n, g in made.gradients().items()}
     made.clear()

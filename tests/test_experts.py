@@ -17,6 +17,7 @@ from mst_fx.config import Config
 from mst_fx.pipeline import run_passes
 from tests.harness import EAGER, check_exact, chunked, reasons
 from tests.models import hf, hf_inputs, token_inputs
+from tests.versions import require, trains_experts
 
 H, I, E, K = 16, 48, 4, 2  # noqa: E741
 
@@ -143,6 +144,7 @@ NUMBERS = ("plain", "one_expert_each", "expanded_tokens", "argsort", "in_place",
 
 @pytest.mark.parametrize("name", [n if n in NUMBERS else pytest.param(n, marks=pytest.mark.slow) for n in LEGAL])
 def test_exact(name: str) -> None:
+    require(trains_experts())
     net = Model(**LEGAL[name])
     if name == "capacity_outside":
         net.experts.bias = nn.Parameter(torch.cat([net.experts.bias.detach(), torch.zeros(1, 2 * I)]))
@@ -154,15 +156,18 @@ def test_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LEGAL if n not in NUMBERS])
 def test_spellings_are_found(name: str) -> None:
+    require(trains_experts())
     report = found(LEGAL[name])
     assert chunked(report, "mlp") == 1, str(report)
 
 
 def test_exact_with_symbolic_sizes() -> None:
+    require(trains_experts())
     assert chunked(check_exact(Model(), token_inputs(), dynamic=True).report, "mlp") == 1
 
 
 def test_dropout_among_the_experts_is_seeded() -> None:
+    require(trains_experts())
     experts = Sorted(act=lambda y: F.dropout(y[:, :I], 0.5, True)).double()
     fn = torch.compile(experts, backend="mst", options={"mst.chunk_tokens": 8, **EAGER})
     y = fn(torch.randn(2, 23, H, dtype=torch.float64))
@@ -170,6 +175,14 @@ def test_dropout_among_the_experts_is_seeded() -> None:
     y.backward(tangent := torch.randn_like(y))
     # Linear in the last weight for a fixed mask, so <y, t> = <W, dy/dW^T t> if the backward sees the forward's.
     torch.testing.assert_close((experts.down * experts.down.grad).sum(), (y * tangent).sum())
+
+
+def test_forward_only() -> None:
+    net, inputs = Model(), token_inputs()
+    with torch.no_grad():
+        found = torch.compile(net, backend="mst", options={"mst.chunk_tokens": 8, **EAGER})(**inputs)
+        torch.testing.assert_close(found, net(**inputs))
+    assert chunked(mst_fx.reports()[-1], "mlp") == 1
 
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
@@ -221,6 +234,8 @@ def test_near_misses_are_left_alone(name: str) -> None:
     ],
 )
 def test_transformers(name: str, experts: str) -> None:
+    if experts == "grouped_mm":
+        require(trains_experts())
     net = hf(name, num_hidden_layers=1, experts_implementation=experts, output_router_logits=True)
     ours = check_exact(net, hf_inputs(name, batch=4, length=60))
     assert (chunked(ours.report, "mlp"), chunked(ours.report, "loss")) == (1, 1), str(ours.report)

@@ -13,6 +13,7 @@ import mst_fx
 from tests.harness import EAGER, check_exact, chunked, reasons
 from tests.layers import NEAR_MISSES, TOKENWISE, Bloom, Int4, Int8, Lora
 from tests.models import Between, H, I, LanguageModel, SwiGLU, V, token_inputs
+from tests.versions import traces_stored_apply
 
 
 @pytest.mark.parametrize("name", TOKENWISE)
@@ -44,8 +45,17 @@ def test_autocast(name: str) -> None:
 
 
 def test_custom_function_under_autocast_is_left_alone() -> None:
-    ours = check_exact(LanguageModel(Between(Bloom.apply)), token_inputs(), autocast=True)
-    assert "custom autograd function" in reasons(ours.report)
+    ours = check_exact(LanguageModel(Between(lambda x: Bloom.apply(x))), token_inputs(), autocast=True)
+    assert "custom autograd function under autocast" in reasons(ours.report)
+
+
+def test_a_stored_apply_is_chunked_or_noted() -> None:
+    """Where Dynamo can't trace it, it leaves the whole model to eager: no graph has it, and a note says so."""
+    ours = check_exact(LanguageModel(Between(Bloom.apply)), token_inputs())
+    if traces_stored_apply():
+        assert "Dynamo left code to eager" in reasons(ours.report), str(ours.report)
+    else:
+        assert chunked(ours.report, "mlp") == 1, str(ours.report)
 
 
 class Checkpointed(nn.Module):

@@ -63,11 +63,13 @@ def choose_attention(
     if getattr(model, "_supports_flash_attn", False) and not missing:
         return "flash_attention_2", "attention: flash-attn"
     why = missing or "flash-attn does not support this model"
-    if not getattr(model, "_supports_sdpa", False):
-        # Soft-capped attention scores (Gemma 2) are in neither SDPA nor a flash kernel of PyTorch.
+    # Soft-capped attention scores (Gemma 2) are in neither SDPA nor a flash kernel of PyTorch; Transformers 5.17 says
+    # that they are, and leaves the cap out.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if capped or not getattr(model, "_supports_sdpa", False):
         if getattr(model, "_supports_flex_attn", False) and device.type == "cuda":
             return "flex_attention", f"attention: PyTorch's FlexAttention ({why}; SDPA can't compute this model's)"
-        return None, f"attention: the model's own code ({why}; SDPA can't compute this model's)"
+        return "eager" if capped else None, f"attention: the model's own code ({why}; SDPA can't compute this model's)"
     if not getattr(model, "_supports_attention_backend", False):
         return "sdpa", f"attention: PyTorch's SDPA ({why})"
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)

@@ -23,6 +23,7 @@ from mst_fx.chunking import Context, Graph
 from mst_fx.graph import fake_tensor, grad_states, is_in_place, needs_grad, node_name, storages, walking
 from mst_fx.indexing import Writer, write_item
 from mst_fx.report import RegionReport
+from mst_fx.rules.registry import UNTAGGED
 
 _OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -109,7 +110,8 @@ def _without_inplace(function: Callable[..., Any], node: fx.Node) -> Any:
 def _is_elementwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)
     tags = [getattr(packet, o).tags for o in packet.overloads()] if packet is not None else []
-    return any(torch.Tag.pointwise in t for t in tags) and not any(torch.Tag.nondeterministic_seeded in t for t in tags)
+    elementwise = packet in UNTAGGED or any(torch.Tag.pointwise in t for t in tags)
+    return elementwise and not any(torch.Tag.nondeterministic_seeded in t for t in tags)
 
 
 def is_private(module: fx.GraphModule, target: fx.Node, node: fx.Node) -> bool:

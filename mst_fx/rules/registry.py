@@ -11,7 +11,9 @@ from mst_fx.rows import MixesTokensError, Row, RowBuilder, aten
 
 Rule = Callable[..., list[Row]]
 RULES: dict[Any, Rule] = {}
-_POINTWISE_EXTRA = {
+UNTAGGED = {aten.leaky_relu}
+"""Elementwise ops that torch 2.11 does not tag as such."""
+_POINTWISE_EXTRA = UNTAGGED | {
     aten._to_copy, aten.clone, aten.detach, aten.alias, aten.masked_fill, aten.zeros_like, aten.ones_like,
     aten.full_like, aten.where, aten.lift_fresh_copy, aten.rsub, aten._prelu_kernel,
     aten.hardswish,
