@@ -71,6 +71,11 @@ def soft(logits: torch.Tensor, labels: torch.Tensor, _: Any) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(0, -2))
 
 
+def soft_weights_smoothing(logits: torch.Tensor, labels: torch.Tensor, m: Any) -> torch.Tensor:
+    target = F.one_hot(labels.clamp(min=0), V).to(logits.dtype) * 0.9 + 0.1 / V
+    return F.cross_entropy(logits.mT, target.mT, weight=m.weights, label_smoothing=0.2)
+
+
 # name -> (loss, whether its gradients are formed in the forward)
 LOSSES: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "mean": (flat(), True),
@@ -95,6 +100,7 @@ LOSSES: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "sliced_logits": (sliced_logits, True),
     "class_dim_one": (class_dim_one, True),
     "soft": (soft, True),
+    "soft_weights_smoothing": (soft_weights_smoothing, True),
 }
 
 

@@ -89,3 +89,9 @@ class _Stored(nn.Module):
 @probe("Dynamo can't trace an autograd function whose `apply` a module has stored")
 def traces_stored_apply() -> None:
     plain(_Stored(), fullgraph=True)(torch.randn(3, requires_grad=True))
+
+
+@probe("Dynamo breaks the graph at Tensor.requires_grad_()")
+def traces_requires_grad() -> None:
+    with torch.no_grad():
+        plain(lambda x: (2 * x).requires_grad_() + 1, fullgraph=True)(torch.randn(3))
