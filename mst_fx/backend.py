@@ -141,6 +141,16 @@ def join_graphs() -> None:
     once = getattr(logging.Logger, "warning_once", None)
     if once is not None:
         torch._dynamo.config.ignore_logging_functions.add(once)  # pyright: ignore
+        _log_any_settings()
+
+
+def _log_any_settings() -> None:
+    """Keep torch 2.11 from logging an error after every compilation: it writes settings as JSON, but no functions."""
+    dynamo: Any = torch._dynamo
+    try:
+        dynamo.utils._get_dynamo_config_for_logging()
+    except TypeError:
+        dynamo.utils._get_dynamo_config_for_logging = lambda: None
 
 
 join_graphs()

@@ -24,6 +24,7 @@ def run_script(script: str, **env: str) -> Any:
         capture_output=True, text=True, env={**os.environ, **MALLOC_ENV, **env}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]  # torch logs its own mishaps so and goes on
     return json.loads(done.stdout.splitlines()[-1])
 
 
