@@ -1,16 +1,16 @@
 """Engines on real process groups: gradient error, weights gathered per step, peak memory per rank.
 
     python -m benchmarks.engines [ddp fsdp2 zero1 zero2 zero3 tensor-parallel] [--ranks 2] [--set seq_len=512]
+    python -m benchmarks.engines --show | --readme      # run nothing: the table of saved rows, here or in README.md
 
-The work is the llama of ``mst_fx.bench.works``. Every cell is ``ranks`` processes that meet over gloo (nccl with
-``--device cuda``); ``inductor`` and ``mst`` each compile the same wrapped model. The gradients are compared with
-those of one process on the joined batch, in fp64. Rows are saved under ``benchmarks/results``.
+The work is the llama of ``mst_fx.bench.works``. Every cell is ``ranks`` processes of one thread that meet over gloo
+(nccl with ``--device cuda``); ``inductor`` and ``mst`` each compile the same wrapped model. The gradients are compared
+with those of one process on the joined batch, in fp64, eager. Rows are saved under ``benchmarks/results`` cell by cell.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import copy
 import importlib.metadata
 import json
@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from benchmarks.figures import load, save
+from benchmarks.figures import load, replace_table, save
 from mst_fx.bench.works import llama
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
 from mst_fx.models import parse_pairs
@@ -89,12 +89,23 @@ def gradients(engine: str, model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def count_gathers(step: Any) -> int:
-    """Run a step and count the all-gathers this rank took part in."""
+def count_collectives(step: Any) -> dict[str, int]:
+    """Run a step and count the collectives this rank took part in: those that gather weights, and all."""
     with torch.profiler.profile() as profile:
         step()
-    names = collections.Counter(event.name for event in profile.events() or ())
-    return sum(number for name, number in names.items() if name.startswith("c10d::") and "gather" in name)
+    names = [event.name for event in profile.events() or () if event.name.startswith("c10d::")]
+    return {"gathers": sum("gather" in name for name in names), "collectives": len(names)}
+
+
+def true_gradients(model: nn.Module, batches: list[torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Return the gradients of one process on the joined batch, in fp64; made by the first rank that ever asks."""
+    if dist.get_rank() == 0 and not path.exists():
+        wide: Any = copy.deepcopy(model).double()
+        for batch in batches:
+            (wide(input_ids=batch, labels=batch).loss / len(batches)).backward()
+        torch.save({n: p.grad for n, p in wide.named_parameters()}, path)
+    dist.barrier()
+    return torch.load(path, mmap=True)
 
 
 def rank_main(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,13 +119,8 @@ def rank_main(args: argparse.Namespace) -> dict[str, Any]:
     batches = [torch.randint(0, model.config.vocab_size, ids.shape, device=args.device) for _ in range(world)]
     if args.engine == "tensor-parallel":
         batches = batches[:1] * world
-    truth: dict[str, torch.Tensor] = {}
-    if args.error:
-        wide = copy.deepcopy(model).double()
-        for batch in batches:
-            (wide(input_ids=batch, labels=batch).loss / world).backward()
-        truth = {n: p.grad.clone() for n, p in wide.named_parameters()}
-        del wide
+    alone = args.engine == "tensor-parallel"
+    truth = true_gradients(model, batches[: 1 if alone else world], Path(args.truth, f"{alone}")) if args.error else {}
     options = {"mst.chunk_tokens": args.chunk_tokens} if args.system == "mst" else None
     compile_with = {"backend": args.system, **({"options": options} if options else {})}
     wrapped, backward = wrap(args.engine, model, world, compile_with, args.device)
@@ -137,7 +143,7 @@ def rank_main(args: argparse.Namespace) -> dict[str, Any]:
         del grads
     truth.clear()
     clear()
-    row["gathers"] = count_gathers(step)
+    row |= count_collectives(step)
     clear()
     if args.peak:
         row["peak_bytes"], _ = peak_over_start(step, args.device)
@@ -160,11 +166,11 @@ def child(args: argparse.Namespace) -> None:
     os._exit(0)  # engines leave threads that would wait for each other
 
 
-def cell(engine: str, system: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run one engine with one system; returns a row per rank."""
+def cell(engine: str, system: str, truth: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run one engine with one system; returns a row per rank. ``truth`` is a folder that cells share."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.engines", "--engine", engine, "--system", system,
-                   "--folder", folder, "--ranks", str(args.ranks), "--device", args.device,
+                   "--folder", folder, "--truth", truth, "--ranks", str(args.ranks), "--device", args.device,
                    "--chunk-tokens", str(args.chunk_tokens), *(f"--set={s}" for s in args.set)]  # fmt: skip
         command += [] if args.peak else ["--no-peak"]
         command += [] if args.error else ["--no-error"]
@@ -186,21 +192,44 @@ def cell(engine: str, system: str, args: argparse.Namespace) -> list[dict[str, A
         return [json.loads(Path(folder, f"row{r}").read_text()) for r in range(args.ranks)]
 
 
-def show(saved: dict[str, Any]) -> None:
-    """Print the table of saved rows."""
-    table = Table("engine", "worst gradient error", "all-gathers", "peak per rank, MiB", "ratio", "regions chunked")
-    for engine, systems in saved["engines"].items():
+HEADER = (
+    "engine",
+    "worst gradient error",
+    "all-gathers",
+    "collectives",
+    "peak per rank, MiB",
+    "ratio",
+    "regions chunked",
+)
+
+
+def lines(saved: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table of saved rows: plain Inductor -> mst, the worst of all ranks."""
+    found = []
+    for engine in ENGINES:
+        systems = saved["engines"].get(engine, {})
         if set(systems) != set(SYSTEMS):
             continue
         plain, ours = (systems[s]["ranks_rows"] for s in SYSTEMS)
         error = " -> ".join(f"{max(r['worst_error'] for r in s):.1e}" for s in (plain, ours) if "worst_error" in s[0])
-        gathers = " -> ".join(str(max(r["gathers"] for r in s)) for s in (plain, ours))
+        counts = [" -> ".join(str(max(r[k] for r in s)) for s in (plain, ours)) for k in ("gathers", "collectives")]
         peak = ratio = ""
         if "peak_bytes" in ours[0]:
             most = [max(r["peak_bytes"] for r in s) for s in (plain, ours)]
             peak, ratio = f"{most[0] / 2**20:.0f} -> {most[1] / 2**20:.0f}", f"{most[1] / most[0]:.2f}"
         done = sum(status == "chunked" for _, status, _ in ours[0]["regions"])
-        table.add_row(engine, error, gathers, peak, ratio, f"{done} of {len(ours[0]['regions'])}")
+        found.append((engine, error, *counts, peak, ratio, f"{done} of {len(ours[0]['regions'])}"))
+    return found
+
+
+def show(saved: dict[str, Any], readme: bool) -> None:
+    """Print the table of saved rows, or put it between the README's markers."""
+    if readme:
+        replace_table("engines", [f"| {' | '.join(r)} |" for r in (HEADER, ("---",) * len(HEADER), *lines(saved))])
+        return
+    table = Table(*HEADER)
+    for line in lines(saved):
+        table.add_row(*line)
     Console(width=130).print(table)
 
 
@@ -216,7 +245,9 @@ def main() -> None:
     parser.add_argument("--no-error", dest="error", action="store_false")
     parser.add_argument("--name", default="engines", help="file to save rows under; rows of other cells in it stay")
     parser.add_argument("--only", choices=SYSTEMS, help="run one system, the other's rows are there from before")
-    for hidden in ("--engine", "--system", "--folder"):
+    parser.add_argument("--show", action="store_true", help="run nothing; print the saved rows")
+    parser.add_argument("--readme", action="store_true", help="run nothing; write the saved rows into README.md")
+    for hidden in ("--engine", "--system", "--folder", "--truth"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -225,24 +256,27 @@ def main() -> None:
     unknown = set(args.engines) - set(ENGINES)
     if unknown:
         parser.error(f"unknown engine {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
+    saved: dict[str, Any] = load(args.name) or {"engines": {}}
+    if args.show or args.readme:
+        show(saved, args.readme)
+        return
     prepare_compiler(dict(os.environ))
     about = {
         "shapes": parse_pairs(args.set), "ranks": args.ranks, "device": args.device, "chunk_tokens": args.chunk_tokens,
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "mst_fx")},
     }  # fmt: skip
-    saved: dict[str, Any] = load(args.name) or {"engines": {}}
     systems = [args.only] if args.only else SYSTEMS
-    with Progress(console=Console(stderr=True)) as progress:
+    with tempfile.TemporaryDirectory() as truth, Progress(console=Console(stderr=True)) as progress:
         engines = args.engines or ENGINES
         task = progress.add_task("engines", total=len(systems) * len(engines))
         for engine in engines:
             rows = saved["engines"].setdefault(engine, {})
             for system in systems:
                 progress.update(task, description=f"{engine}, {system}")
-                rows[system] = {**about, "ranks_rows": cell(engine, system, args)}
+                rows[system] = {**about, "ranks_rows": cell(engine, system, truth, args)}
                 progress.advance(task)
                 save(args.name, saved)
-    show(saved)
+    show(saved, readme=False)
 
 
 if __name__ == "__main__":
