@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch._dynamo.exc import ShortenTraceback
 
 PASS_NAMES = (
-    "functionalize", "causal_masks", "normalize", "chunk_loss", "chunk_tokenwise", "chunk_experts", "chunk_mlp",
+    "functionalize", "localize_shards", "causal_masks", "normalize", "chunk_loss", "chunk_tokenwise", "chunk_experts",
+    "chunk_mlp",
 )  # fmt: skip
 
 

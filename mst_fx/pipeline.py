@@ -24,6 +24,7 @@ from mst_fx.passes.chunk_loss import chunk_loss
 from mst_fx.passes.chunk_mlp import chunk_mlp
 from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
 from mst_fx.passes.functionalize import functionalize
+from mst_fx.passes.localize_shards import localize_shards
 from mst_fx.passes.normalize import normalize
 from mst_fx.region import widens
 from mst_fx.report import GraphPair, RegionReport, Report
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PASSES: tuple[tuple[str, Callable[[Graph, Context], list[RegionReport]]], ...] = (
     ("functionalize", functionalize),
+    ("localize_shards", localize_shards),
     ("causal_masks", causal_masks),
     ("normalize", normalize),
     ("chunk_loss", chunk_loss),
