@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from mst_fx.body import Body, InputSpec
+from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
 from mst_fx.chunking import Context, compile_region
 from mst_fx.config import Config
 from mst_fx.inductor import finish_kernels
@@ -168,3 +168,29 @@ def test_keep_mask_is_a_function_of_its_seed() -> None:
     assert not torch.equal(one, draw(x, torch.tensor(4), 0, 0.3))
     assert not torch.equal(one, draw(x, torch.tensor(3), 1, 0.3))
     assert abs(one.float().mean().item() - 0.7) < 0.01
+
+
+class FixesRows:
+    """Reads its number of rows as an integer, as C++ composite ops of older versions of torch do."""
+
+    code = "fixes rows"
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((x @ weight).reshape(int(x.shape[0]), -1),)
+
+
+def test_a_body_whose_rows_are_fixed_is_refused_inside_a_backend() -> None:
+    """Dynamo's fake mode is the ambient one there: a body traced in it would hide what became of its own symbol."""
+    spec = InputSpec((4,), torch.float32, torch.device("cpu"), None, True)
+    body = Body(FixesRows(), (spec,), (InputSpec((4, 9), torch.float32, spec.device, (9, 1), True),), False)
+    refused = []
+
+    def backend(graph: fx.GraphModule, _: object) -> fx.GraphModule:
+        for trace in (trace_forward, trace_backward):
+            with pytest.raises(ValueError, match="fixed the number of its rows"):
+                trace(body, 64)
+            refused.append(trace)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert len(refused) == 2
