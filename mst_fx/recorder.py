@@ -111,6 +111,8 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any, tracer: type[Ro
     """
     if node.target is CUSTOM:
         return _run_custom(builder, node, fake_mode)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise MixesTokensError("is a kernel or a graph of its own, which is not looked into")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
     with fake_mode, recording(builder, tracer), symbolic_sizes():

@@ -35,8 +35,9 @@ def localize_shards(graph: Graph, context: Context) -> list[RegionReport]:
         return []
     with walking(graph.module) as nodes:
         for node in nodes:
-            if node.op == "call_function" and getattr(node.target, "__name__", "") == "linear":
-                _by_columns(node, context.fake_mode) or _by_rows(node, context.fake_mode)
+            linear = node.op == "call_function" and getattr(node.target, "__name__", "") == "linear"
+            if linear and not _by_columns(node, context.fake_mode):
+                _by_rows(node, context.fake_mode)
     return []
 
 
