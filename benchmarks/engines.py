@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.figures import load, replace_table, save
-from mst_fx.bench.works import llama
+from mst_fx.bench.works import llama, sizes_of
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
 from mst_fx.models import parse_pairs
 
@@ -218,7 +218,8 @@ def lines(saved: dict[str, Any]) -> list[tuple[str, ...]]:
             most = [max(r["peak_bytes"] for r in s) for s in (plain, ours)]
             peak, ratio = f"{most[0] / 2**20:.0f} -> {most[1] / 2**20:.0f}", f"{most[1] / most[0]:.2f}"
         done = sum(status == "chunked" for _, status, _ in ours[0]["regions"])
-        found.append((engine, error, *counts, peak, ratio, f"{done} of {len(ours[0]['regions'])}"))
+        length = str({**sizes_of("llama"), **systems["mst"]["shapes"]}["seq_len"])
+        found.append((engine, length, error, *counts, peak, ratio, f"{done} of {len(ours[0]['regions'])}"))
     return found
 
 

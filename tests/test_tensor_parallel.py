@@ -132,16 +132,20 @@ results = results_of(__name__)
 four_results = results_of(__name__, "FOUR", world=4)
 
 
+# Older versions hide placements in closures: all is left alone there.
+SHOWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def check(name: str, results: list[dict[str, Any]]) -> None:
     for result in of_case(results, name):
         ours, plain = result["mst"], result["plain"]
         assert ours["worst"] <= plain["worst"] * (1.5 if "bf16" in name else 1) + (4e-3 if "bf16" in name else 2e-6)
         assert ours["collectives"] == plain["collectives"]
         assert sum(plain["collectives"].values()) > 0
-        done = 0 if name in ("gathered", "staying") else 2
+        done = 0 if name in ("gathered", "staying") or not SHOWN else 2
         assert chunked(result, "mlp") == done, result["text"]
         skipped = [reason for _, status, reason in result["regions"] if status == "skipped"]
-        assert len(skipped) == (("by plan" in name) if done else 4), result["text"]
+        assert len(skipped) == (0 if done else 4) + ("by plan" in name), result["text"]
         assert all("DTensor" in reason for reason in skipped)
         assert chunked(result, "loss") == (0 if "by plan" in name else 1)  # the plan splits the head
 

@@ -102,9 +102,12 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _placement(node: Any) -> Any:
-    """Return where a DTensor on a mesh of one dimension is; None for any other value."""
+    """Return where a DTensor on a mesh of one dimension is; None for any other value, and for strided shards."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     placements = getattr(fake(node), "placements", ()) if isinstance(node, fx.Node) else ()
-    return placements[0] if len(placements) == 1 else None
+    known = len(placements) == 1 and type(placements[0]) in (Partial, Replicate, Shard)
+    return placements[0] if known else None
 
 
 def _mesh(node: fx.Node) -> Any:
