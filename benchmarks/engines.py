@@ -192,15 +192,7 @@ def cell(engine: str, system: str, truth: str, args: argparse.Namespace) -> list
         return [json.loads(Path(folder, f"row{r}").read_text()) for r in range(args.ranks)]
 
 
-HEADER = (
-    "engine",
-    "worst gradient error",
-    "all-gathers",
-    "collectives",
-    "peak per rank, MiB",
-    "ratio",
-    "regions chunked",
-)
+HEADER = ("engine", "S", "worst gradient error", "all-gathers", "collectives", "peak per rank, MiB", "ratio", "chunked")
 
 
 def lines(saved: dict[str, Any]) -> list[tuple[str, ...]]:

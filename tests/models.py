@@ -280,6 +280,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "token",
     ),
     "topk_tokens": (lambda: Between(lambda x: x * (x >= x.topk(3, dim=1).values[:, -1:])), "topk"),
-    "graph_within": (lambda: Between(graph_within), "not looked into"),
+    "graph_within": (lambda: Between(lambda x: graph_within(graph_within(x))), "not looked into"),
     "matrix_per_sequence": (lambda: Between(lambda x: torch.softmax(x @ x.transpose(1, 2), -1) @ x), "multiplies"),
 }
