@@ -105,7 +105,7 @@ def _placement(node: Any) -> Any:
     """Return where a DTensor on a mesh of one dimension is; None for any other value, and for strided shards."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    placements = getattr(fake(node), "placements", ()) if isinstance(node, fx.Node) else ()
+    placements: Any = getattr(fake(node), "placements", ()) if isinstance(node, fx.Node) else ()
     known = len(placements) == 1 and type(placements[0]) in (Partial, Replicate, Shard)
     return placements[0] if known else None
 
