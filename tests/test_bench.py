@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mst_fx
-from benchmarks import figures, gpu
+from benchmarks import engines, figures, gpu
 from benchmarks import plan as plan_sweep
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
@@ -262,6 +262,21 @@ MEASURED = {
     "length": "--systems inductor,mst+checkpoint --lengths 64,128",
     "compile": "--systems inductor,mst --set seq_len=64",
 }
+
+
+def test_the_table_of_engines() -> None:
+    """Every engine is in it, in the README as it is saved, and gathers weights as often as without mst."""
+    saved = figures.load("engines")
+    assert saved is not None
+    lines = [dict(zip(engines.HEADER, line, strict=True)) for line in engines.lines(saved)]
+    assert [line["engine"] for line in lines] == list(engines.ENGINES)
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    for line in lines:
+        assert f"| {' | '.join(line.values())} |" in readme
+        for column in ("all-gathers", "collectives"):
+            assert len(set(line[column].split(" -> "))) == 1, line
+
+
 MODEL = "--set layers=1 --set hidden=32 --set intermediate=64 --set vocab=128 --set heads=4"
 
 
