@@ -84,12 +84,18 @@ CASES = {
     "zero-3, own linear": functools.partial(train, stage=3, how="leaves", own_linear=True),
 }
 
+UNEVEN = {"lengths": (9, 23, 16, 40), "ignored": 2, "count": 40}
+FOUR = {
+    "zero-2": functools.partial(train, stage=2, how="engine", made=UNEVEN),
+    "zero-3, engine": functools.partial(train, stage=3, how="engine", made=UNEVEN),
+}
+
 
 results = results_of(__name__)
+four_results = results_of(__name__, "FOUR", world=4, timeout=400)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
+def check(name: str, results: list[dict[str, Any]]) -> None:
     for result in of_case(results, name):
         assert result["worst"] < 2e-6, f"{name}: {result['worst']}"
         # ZeRO-3 gathers module by module: head and loss are in different graphs.
@@ -97,6 +103,17 @@ def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name:
             name, (2, 0) if "zero-3" in name else (2, 1)
         )
         assert (chunked(result, "mlp"), chunked(result, "loss")) == wanted, result["text"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
+    check(name, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(four_results: list[dict[str, Any]], name: str) -> None:
+    check(name, four_results)
 
 
 @pytest.mark.parametrize("name", ["zero-3, leaves", "zero-3, engine"])
