@@ -16,13 +16,15 @@ from torch import fx
 
 from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.config import Config
+from mst_fx.fold import Fold, folds
 from mst_fx.graph import fake, fake_tensor, module_path
 from mst_fx.inductor import compile_body, global_settings, storage_of
 from mst_fx.lazy_logits import LogitsSpec
-from mst_fx.lift import Lifted, Output
+from mst_fx.lift import Lifted, Output, lift
 from mst_fx.ops import BODIES, CompiledBody
 from mst_fx.plan import ChunkPlan, plan_chunks
 from mst_fx.printing import body_code
+from mst_fx.projections import read_projection
 from mst_fx.region import Region, region_key
 from mst_fx.report import BodyCode, Mismatch, RegionReport
 from mst_fx.rewrite import find_place, replace
@@ -110,7 +112,7 @@ def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
         tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
     given = {(storage_of(v), str(v.shape)) for t in region.terminals for v in _tensors(fake(t))}
     for node in region.nodes:
-        for value in _tensors(fake(node)):
+        for value in _tensors(fake(node)) if node not in region.fold.nodes else ():
             numel, storage = size_hint(value.numel()), storage_of(value)
             if (storage, str(value.shape)) not in given:
                 seen[storage] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
@@ -184,6 +186,36 @@ def _output_metas(traced: fx.GraphModule) -> tuple[tuple[tuple[int, ...], torch.
     output = next(n for n in traced.graph.nodes if n.op == "output")
     metas = [n.meta["val"] for n in output.args[0]]
     return tuple((tuple(int(s) for s in m.shape[1:]), m.dtype) for m in metas)
+
+
+def chunk_folded(
+    region: Region, context: Context, attempt: Callable[[Lifted], RegionReport], behind: bool
+) -> RegionReport:
+    """Lift a region with what surrounds it and attempt to chunk it so, or else alone.
+
+    Args:
+        region: A legal region.
+        context: The pass's.
+        attempt: Chunks what was lifted; leaves the graph as it is where it does not.
+        behind: Whether what is behind the region may be taken in too.
+    """
+    # Read again: what a projection was found to read may have been replaced with another region's result.
+    found = [p for a in region.amplifiers if (p := read_projection(a, region.outer)) and p.tokens not in region.nodes]
+    tokens, kinds = {p.tokens for p in found}, {p.kinds for p in found}
+    ends = region.given_back() if behind and not region.leaving else []
+    if len(tokens) == len(kinds) == 1:
+        end = ends[0] if len(ends) == 1 else None
+        for fold in folds(region.module, region.nodes, *tokens, *kinds, end, region.outer):
+            region.take(fold)
+            lifted = lift(region, context.fake_mode)
+            if isinstance(lifted, Lifted):
+                report = attempt(lifted)
+                if report.status == "chunked":
+                    return report
+                break
+        region.take(Fold())
+    lifted = lift(region, context.fake_mode)
+    return attempt(lifted) if isinstance(lifted, Lifted) else skipped(region, lifted.reason)
 
 
 def chunk_region(lifted: Lifted, op: str, context: Context, note: str = "") -> RegionReport:

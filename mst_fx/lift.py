@@ -102,6 +102,9 @@ class Lifter:
         weights = {p.weight for p in projections if p is not None} - members
         absorbed = {n for w in weights for n in self._dequantisation(w)}
         self.region.absorbed = [n for n in self.region.module.graph.nodes if n in absorbed]
+        entry = fake_tensor(self.region.fold.entry)
+        if entry is not None:
+            self.builder.bind(entry, self.builder.chunked(entry, self.region.fold.kinds))
         with walking(self.region.module) as nodes:
             for node in nodes:
                 if node in absorbed:
@@ -168,7 +171,11 @@ class Lifter:
             x = fake_tensor(projection.tokens)
             assert x is not None
             previous = self.builder.lookup(x)
-            self.builder.bind(x, self.builder.chunked(x, projection.kinds))
+            if projection.tokens in self.region.fold.nodes:
+                if not isinstance(previous, Row) or previous.kinds != projection.kinds:
+                    raise MixesTokensError("what is in front of it has other token dimensions")
+            else:
+                self.builder.bind(x, self.builder.chunked(x, projection.kinds))
             result = run_node(self.builder, node, self.fake_mode)
             self.builder.unbind(x, previous)
         else:
@@ -210,7 +217,7 @@ def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
     lifter = Lifter(region, fake_mode)
     try:
         lifter.record()
-        outputs = [Output(t, lifter.rows[t], read_total(t)) for t in region.terminals if t.users]
+        outputs = [Output(t, lifter.rows[t], read_total(t)) for t in region.given_back()]
         return finish_lift(lifter, outputs)
     except MixesTokensError as e:
         return Mismatch(f"not supported: {e}", region.source)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from mst_fx.fold import Fold
 from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, node_name, source_of, walking
 from mst_fx.inductor import is_plain_fake
 from mst_fx.losses import per_token, read_total
@@ -61,6 +62,8 @@ class Region:
     """Whether a wide value is itself the input of an amplifier: then it is a hidden state."""
     row_bytes: int = 0
     """Bytes per token of wide values that no node of the graph shows."""
+    fold: Fold = field(default_factory=Fold)
+    """What surrounds the region and was taken into ``nodes``."""
     partial_sums: bool = False
     """Whether a chunk forms whole gradients of weights, which are then added: one more copy of them."""
 
@@ -73,6 +76,17 @@ class Region:
     def ends(self) -> list[fx.Node]:
         """The nodes whose modules say where it is."""
         return self.amplifiers + (self.terminals if self.kind == "mlp" else [])
+
+    def take(self, fold: Fold) -> None:
+        """Let ``nodes`` hold what a fold says in the place of what an earlier one did."""
+        own = set(self.nodes).difference(self.fold.nodes)
+        self.nodes = [n for n in self.module.graph.nodes if n in own or n in fold.nodes]
+        self.fold = fold
+
+    def given_back(self) -> list[fx.Node]:
+        """Return the values the region gives back: its terminals, or what was folded in behind the only one."""
+        read = [t for t in self.terminals if t.users]
+        return read if self.fold.exit is None else [self.fold.exit]
 
     def absorb(self, other: Region) -> None:
         """Take over all of another region."""

@@ -138,7 +138,8 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
             value = graph.call_function(operator.getitem, (call, i))
             new = _give_back(graph, lifted, output, value, summed=op == "sum" and i == 0)
             new.meta.update({k: v for k, v in output.node.meta.items() if k == "stack_trace"})
-            new.meta["mst_replaces"] = fake_tensor(output.node)
+            # Regions found before read the new value where they read the old one.
+            new.meta["mst_replaces"] = new.meta["example_value"] = fake_tensor(output.node)
             members = set(lifted.region.nodes)
             output.node.replace_all_uses_with(new, delete_user_cb=lambda u, m=members: u not in m)
     stack = module_stack(lifted.region)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.chunking import Context, Graph, chunk_region, skipped
+from mst_fx.chunking import Context, Graph, chunk_folded, chunk_region, skipped
 from mst_fx.graph import fake_tensor
 from mst_fx.lazy_logits import LogitsSpec
-from mst_fx.lift import Lifted, Lifter, Output, finish_lift, lift
+from mst_fx.lift import Lifted, Lifter, Output, finish_lift
 from mst_fx.losses import ValueSum, read_total
 from mst_fx.region import Region, find_regions, region_key
 from mst_fx.report import Mismatch, RegionReport
@@ -90,9 +90,11 @@ def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
     problem = check_loss(region, graph)
     if problem is not None:
         return skipped(region, problem.reason)
-    lifted = lift(region, context.fake_mode)
-    if isinstance(lifted, Mismatch):
-        return skipped(region, lifted.reason)
+    return chunk_folded(region, context, lambda lifted: _attempt(lifted, graph, context), behind=False)
+
+
+def _attempt(lifted: Lifted, graph: Graph, context: Context) -> RegionReport:
+    region = lifted.region
     logits = _read_logits(region, graph, context)
     if isinstance(logits, Mismatch):
         return skipped(region, logits.reason, lifted)

@@ -3,6 +3,8 @@
     gate = linear(x, Wg); up = linear(x, Wu); y = linear(silu(gate) * up, Wd)
  -> y = mst_fx.map([x], [Wg, Wu, Wd], body, C)
 
+The norm in front, and the norm and the residual behind, go with it: see ``fold``.
+
 Memory: ``T * I`` values per wide intermediate become ``C * I``, and one fp32 accumulator per trained weight. A wide
 value that is returned becomes an output of the region where that leaves most of the bytes to be saved.
 Not handled: a wide value that is also read by something that mixes tokens.
@@ -10,8 +12,7 @@ Not handled: a wide value that is also read by something that mixes tokens.
 
 from __future__ import annotations
 
-from mst_fx.chunking import Context, Graph, chunk_region, skipped, wide_bytes
-from mst_fx.lift import lift
+from mst_fx.chunking import Context, Graph, chunk_folded, chunk_region, skipped, wide_bytes
 from mst_fx.region import Region, find_regions
 from mst_fx.report import Mismatch, RegionReport
 
@@ -39,11 +40,8 @@ def _chunk(region: Region, context: Context) -> RegionReport:
     wide, region.terminals = wide_bytes(region), region.terminals + [v for v in returned if v not in region.terminals]
     if wide_bytes(region) < LEAST_SAVED * wide:
         return skipped(region, f"not legal: the wide value `{returned[0].name}` is returned")
-    lifted = lift(region, context.fake_mode)
-    if isinstance(lifted, Mismatch):
-        return skipped(region, lifted.reason)
     note = f"; the wide value `{returned[0].name}` is returned whole" if returned else ""
-    return chunk_region(lifted, "map", context, note)
+    return chunk_folded(region, context, lambda lifted: chunk_region(lifted, "map", context, note), behind=True)
 
 
 def check_mlp(region: Region) -> Mismatch | None:
