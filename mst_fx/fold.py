@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mst_fx.graph import fake_tensor, is_autocast_switch, is_in_place, is_parameter_like, node_name
+from mst_fx.graph import fake_tensor, is_autocast_switch, is_in_place, is_layout, is_parameter_like, node_name
 from mst_fx.inductor import is_plain_fake
 from mst_fx.projections import read_projection
 from mst_fx.rows import same_size
@@ -98,8 +98,9 @@ class _Surroundings:
             ends = sources | frontier
             if len(ends) == 1 and any(map(_is_norm, taken)):
                 (end,) = ends
-                # Not the fp32 copy that a norm makes of what is there in fewer bytes.
-                fewer = _itemsize(end) < least or (best[1] is None and _itemsize(end) == least)
+                # Past the copy in fp32 that many norms make first: what it is made of is there anyway.
+                copies = best[1] is None or all(map(is_layout, taken[len(best[0]) :]))
+                fewer = _itemsize(end) < least or (_itemsize(end) == least and copies)
                 if _is_plain(end) and _alike(end, tokens) and fewer:
                     best, least = (taken[::-1], end), _itemsize(end)
         return best
