@@ -55,7 +55,9 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     order = {n: i for i, n in enumerate(graph.nodes)}
     states = grad_states(region.module)
     training = [n for n in region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
-    place = reader
+    # Where its last output was: what comes before the first reader may have nothing to do with the region.
+    behind = max((o.node for o in lifted.outputs), key=order.__getitem__).next
+    place = behind if max(map(order.__getitem__, sources)) < order[behind] < order[reader] else reader
     while lifted.trains and (not training or states[place.prev] != states[training[-1]]):
         # The reader may sit in a no_grad block: go back to where gradients are recorded.
         place = place.prev
