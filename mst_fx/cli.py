@@ -27,7 +27,7 @@ from mst_fx.models import (
     short_traceback,
 )
 from mst_fx.page import check_writable, page_text
-from mst_fx.render import memory
+from mst_fx.render import memory, saved_text
 from mst_fx.report import Report
 
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "explain", parents=[shared], help="say what would be chunked in a model, and why the rest would not"
     )
     explained.add_argument("--format", choices=["text", "json"], default="text")
+    explained.add_argument("--saved", action="store_true", help="account for what is kept between forward and backward")
     explained.set_defaults(run=_explain)
     diff = commands.add_parser("diff", parents=[shared], help="show a model's graph before and after")
     diff.add_argument("--format", choices=["text", "json", "html"], default="text")
@@ -133,7 +134,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     report, _ = _report(args)
-    _write(args.out, json.dumps(report.to_dict(), indent=1) if args.format == "json" else str(report))
+    if args.format == "json":
+        kept = {"memory": _memory(report, saved=True)} if args.saved else {}
+        text = json.dumps({**report.to_dict(), **kept}, indent=1)
+    else:
+        text = f"{report}\n{saved_text(report)}" if args.saved else str(report)
+    _write(args.out, text)
     return 0
 
 
@@ -160,14 +166,16 @@ def _diff(args: argparse.Namespace) -> int:
     return 1 if checked and checked.failures else 0
 
 
-def _memory(report: Report) -> list[dict[str, Any]]:
-    """Return per graph what a step is estimated to take before and after."""
+def _memory(report: Report, saved: bool = False) -> list[dict[str, Any]]:
+    """Return per graph what a step is estimated to take before and after, and what is kept for the backward."""
     found, _ = memory(report)
     names = ("peak_bytes", "saved_bytes", "largest_bytes", "largest")
-    return [
-        {when: {n: getattr(t, n) for n in names} for when, t in zip(("before", "after"), pair, strict=True)}
-        for pair in found
-    ]
+
+    def data(timeline: Any) -> dict[str, Any]:
+        values = {"saved": [dataclasses.asdict(s) for s in timeline.saved]} if saved else {}
+        return {**{n: getattr(timeline, n) for n in names}, **values}
+
+    return [{"before": data(before), "after": data(after)} for before, after in found]
 
 
 def _hunk(hunk: Hunk) -> dict[str, Any]:

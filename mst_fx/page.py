@@ -16,19 +16,24 @@ from mst_fx.plan import format_bytes
 from mst_fx.plot import BOX, NoMatplotlibError, Point, forward_share, points, timeline_svg
 from mst_fx.printing import SHORT, node_line
 from mst_fx.render import (
+    SAVED_COLUMNS,
     advice_lines,
     folded_regions,
+    graph_tokens,
     headline,
     memory,
     plan_text,
     region_cells,
     region_detail,
+    saved_rows,
     short_source,
 )
 from mst_fx.report import RegionReport, Report
 from mst_fx.side_by_side import Block, Row, Stretch, aligned_blocks
 
 COLUMNS = ("status", "kind", "where", "tokens", "chunks", "wide bytes")
+MOST_SAVED = 20
+"""Rows of values kept for the backward that are shown."""
 
 
 def write_page(report: Report, path: str | pathlib.Path) -> None:
@@ -72,10 +77,11 @@ def page_text(report: Report) -> str:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     timelines, why_none = memory(report)
-    figures = [_figure(data, number, *pair) for number, pair in enumerate(timelines)]
+    figures = [_figure(data, number, *pair, graph_tokens(report, number)) for number, pair in enumerate(timelines)]
     text = environment.get_template("report.html.j2").render(
         headline=headline(report),
         columns=COLUMNS,
+        saved_columns=SAVED_COLUMNS,
         groups=[_group(data, g) for g in folded_regions(report.regions)],
         notes=[short_source(n) for n in report.notes],
         advice=advice_lines(report),
@@ -170,7 +176,7 @@ def _group(data: _Data, group: list[RegionReport]) -> dict[str, Any]:
     }
 
 
-def _figure(data: _Data, number: int, before: Any, after: Any) -> dict[str, Any]:
+def _figure(data: _Data, number: int, before: Any, after: Any, tokens: int) -> dict[str, Any]:
     split = forward_share(before.moments)
     series = [points(t.moments, split) for t in (before, after)]
     why_none, svg = "", ""
@@ -190,6 +196,7 @@ def _figure(data: _Data, number: int, before: Any, after: Any) -> dict[str, Any]
         "svg": Markup(svg),
         "why_none": why_none,
         "figures": figures,
+        "saved": saved_rows(after, tokens)[:MOST_SAVED],
         "data": {"box": BOX, "before": _encode(data, series[0]), "after": _encode(data, series[1])},
     }
 

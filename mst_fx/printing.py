@@ -53,14 +53,15 @@ def _positional(node: fx.Node, name_of: Callable[[fx.Node], str]) -> list[str]:
 
 def value_text(node: fx.Node) -> str:
     """Return dtype and shape of a node's fake tensor or tensors, "" without one."""
-    return _type_text(node.meta.get("example_value", node.meta.get("val")))
+    return type_text(node.meta.get("example_value", node.meta.get("val")))
 
 
-def _type_text(value: Any) -> str:
+def type_text(value: Any) -> str:
+    """Return dtype and shape of a tensor or tensors, "" for anything else."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
-        inner = ", ".join(_type_text(v) or "-" for v in value)
+        inner = ", ".join(type_text(v) or "-" for v in value)
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -107,6 +108,52 @@ def _memory_lines(report: Report) -> list[str]:
             f"kept for the backward {saved[0]} -> {saved[1]}",
         ]
     return lines
+
+
+SAVED_COLUMNS = ("per token", "in all", "value", "where")
+
+
+def saved_text(report: Report) -> str:
+    """Return a table per graph of what is still kept between forward and backward, the largest first."""
+    timelines, why_none = memory(report)
+    lines = [f"  note: {why_none}"] if why_none else []
+    for number, (before, after) in enumerate(timelines):
+        graph = f" in graph {number}" if len(timelines) > 1 else ""
+        tokens = graph_tokens(report, number)
+        before_each, after_each = (_each(t.saved_bytes, tokens) for t in (before, after))
+        whole = f"{format_bytes(before.saved_bytes)} -> {format_bytes(after.saved_bytes)}"
+        each = f", per token ({tokens} tokens) {before_each} -> {after_each}" if tokens else ""
+        lines.append(f"kept for the backward{graph}: {whole}{each}")
+        if rows := saved_rows(after, tokens):
+            rows = [SAVED_COLUMNS, *rows]
+            widths = [max(len(r[i]) for r in rows) for i in range(3)]
+            lines += ["  " + "  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3]]) for r in rows]
+    return "\n".join(lines)
+
+
+def saved_rows(timeline: Any, tokens: int) -> list[tuple[str, str, str, str]]:
+    """Return bytes per token, bytes in all, value, and place of what is kept, equal values of equal layers together."""
+    groups: dict[tuple[str, str, int], list[Any]] = {}
+    for s in timeline.saved:
+        groups.setdefault((s.text, re.sub(r"\.\d+\b", ".#", f"{s.source} {s.path}"), s.bytes), []).append(s)
+    rows = []
+    for group in sorted(groups.values(), key=lambda g: -sum(s.bytes for s in g)):
+        first, total = group[0], sum(s.bytes for s in group)
+        source = "" if "<" in first.source else f"({short_source(first.source)})"
+        where = " ".join(filter(None, [fold_paths([s.path for s in group]), source]))
+        times = f" x{len(group)}" if len(group) > 1 else ""
+        rows.append((_each(total, tokens), format_bytes(total), first.text + times, where))
+    return rows
+
+
+def graph_tokens(report: Report, number: int) -> int:
+    """Return the tokens of most regions in a graph, 0 where there are none or their number is symbolic."""
+    counts = Counter(r.tokens for r in report.regions if r.number == number and isinstance(r.tokens, int))
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+def _each(count: int, tokens: int) -> str:
+    return format_bytes(round(count / tokens)) if tokens else "-"
 
 
 def text_diff(report: Report, backward: bool = False, colour: bool = False, estimate: bool = True) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +24,11 @@ from torch import fx
 
 from mst_fx import liveness
 from mst_fx.graph_diff import ordinals
-from mst_fx.liveness import Moment, Timeline
+from mst_fx.liveness import Saved, Timeline
 from mst_fx.pipeline import copy_graph
 from mst_fx.printing import node_line, value_text
 from mst_fx.side_by_side import repeated_layers
+from mst_fx.steps import Moment
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +177,37 @@ def extend(smaller: Timeline, larger: Timeline, few: int, layers: Sequence[tuple
             return None
         moments += _repeated(long, parts, extra, _Names(layers, phase == "backward"))
     peak = max(moments, key=lambda m: m.live_bytes, default=None)
-    saved = larger.saved_bytes + extra * (larger.saved_bytes - smaller.saved_bytes)
+    saved = _more_saved(smaller.saved, larger.saved, few, extra, _Names(layers, False))
+    if saved is None:
+        return None
     return Timeline(
         tuple(moments), saved, peak.live_bytes if peak else 0, peak, larger.largest_bytes, larger.largest
     )  # fmt: skip
+
+
+def _more_saved(
+    smaller: Sequence[Saved], larger: Sequence[Saved], few: int, extra: int, names: _Names
+) -> tuple[Saved, ...] | None:
+    """Return what all units keep; those put in are named after the last but one, which is like them."""
+    before = Counter(map(_kept_kind, smaller))
+    after = Counter(map(_kept_kind, larger))
+    if before - after:
+        return None
+    found: list[Saved] = []
+    for s in larger:
+        found.append(replace(s, path=names.moved(s.path, extra if names.unit(s.path) == few else 0)))
+    for kind, count in (after - before).items():
+        alike = [s for s in larger if _kept_kind(s) == kind]
+        own = [s for s in alike if names.unit(s.path) == few - 1]
+        if len(own) == count:
+            found += [replace(s, path=names.moved(s.path, r + 1)) for r in range(extra) for s in own]
+        else:
+            found += alike[-count:] * extra
+    return tuple(found)
+
+
+def _kept_kind(saved: Saved) -> tuple[str, str, int]:
+    return saved.text, re.sub(r"\.\d+\b", ".#", f"{saved.source} {saved.path}"), saved.bytes
 
 
 @dataclass(frozen=True)
@@ -266,16 +295,16 @@ class _Names:
 
     def inside(self, path: str, repeat: int, extra: int) -> str:
         """Rename what was put in, the ``repeat``-th time it is."""
-        return self._moved(path, extra - repeat if self.descending else repeat)
+        return self.moved(path, extra - repeat if self.descending else repeat)
 
     def outside(self, path: str, new: Sequence[str], extra: int) -> str:
         """Rename what is before or after something new, whose steps have the paths ``new`` (some have none)."""
-        here = self._unit(path)
-        there = next((unit for p in new if (unit := self._unit(p)) is not None), None)
+        here = self.unit(path)
+        there = next((unit for p in new if (unit := self.unit(p)) is not None), None)
         if here is None or there is None:
             return path
         is_behind = here >= there if self.descending else here > there
-        return self._moved(path, extra if is_behind else 0)
+        return self.moved(path, extra if is_behind else 0)
 
     def _split(self, path: str) -> tuple[tuple[int, int] | None, list[str]]:
         names = path.split(".")
@@ -284,10 +313,12 @@ class _Names:
                 return found, names[count:]
         return None, names
 
-    def _unit(self, path: str) -> int | None:
+    def unit(self, path: str) -> int | None:
+        """Return the number of the unit a module is in."""
         found, _ = self._split(path)
         return found[0] if found else None
 
-    def _moved(self, path: str, by: int) -> str:
+    def moved(self, path: str, by: int) -> str:
+        """Return the name of the same module so many units on."""
         found, rest = self._split(path)
         return path if found is None else ".".join([self.layers[found[0] + by][found[1]], *rest])

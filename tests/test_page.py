@@ -17,10 +17,11 @@ from torch import fx
 import mst_fx
 from mst_fx import page as page_module
 from mst_fx.graph_diff import subgraphs
-from mst_fx.liveness import Moment, Timeline
+from mst_fx.liveness import Saved, Timeline
 from mst_fx.models import ModelSpec, build_model
 from mst_fx.report import BodyCode, GraphPair, RegionReport, Report
 from mst_fx.side_by_side import aligned_blocks, aligned_rows
+from mst_fx.steps import Moment
 from tests.models import LARGE, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}
@@ -33,7 +34,8 @@ def timeline(scale: int, count: int = 2000, text: str = "mul: float32[4] = mul(a
         for i in range(count)
     ]
     peak = max(moments, key=lambda m: m.live_bytes, default=None)
-    return Timeline(tuple(moments), scale, peak.live_bytes if peak else 0, peak, scale, "logits")
+    saved = (Saved(f"float32[4] {text[:3]}", "model.py:3", "layers.0", scale),)
+    return Timeline(tuple(moments), saved, peak.live_bytes if peak else 0, peak, scale, "logits")
 
 
 class WithTimelines(Report):
