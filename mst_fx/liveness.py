@@ -30,7 +30,7 @@ class Saved:
     text: str
     """Dtype, shape and op, e.g. ``bfloat16[1, 4096, 2048] mm``."""
     source: str
-    """``file:line`` of the user's code."""
+    """``file:line`` of the user's code, "" where no record leads there."""
     path: str
     """Module that made it, "" where none is known."""
     bytes: int
@@ -113,5 +113,5 @@ def _timeline(phases: list[list[Moment]], programs: list[Program], saved: dict[K
 
 
 def _saved(key: Key, size: int, node: fx.Node) -> Saved:
-    text = f"{type_text(flat(node.meta['val'])[key.result])} {target_text(node)}"
-    return Saved(text, source_of(node), path_of(node), size)
+    text, source = f"{type_text(flat(node.meta['val'])[key.result])} {target_text(node)}", source_of(node)
+    return Saved(text, "" if "<" in source else source, path_of(node), size)

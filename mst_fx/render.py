@@ -139,7 +139,7 @@ def saved_rows(timeline: Any, tokens: int) -> list[tuple[str, str, str, str]]:
     rows = []
     for group in sorted(groups.values(), key=lambda g: -sum(s.bytes for s in g)):
         first, total = group[0], sum(s.bytes for s in group)
-        source = "" if "<" in first.source else f"({short_source(first.source)})"
+        source = f"({short_source(first.source)})" if first.source else ""
         where = " ".join(filter(None, [fold_paths([s.path for s in group]), source]))
         times = f" x{len(group)}" if len(group) > 1 else ""
         rows.append((_each(total, tokens), format_bytes(total), first.text + times, where))

@@ -59,6 +59,19 @@ def test_explain(capsys) -> None:
     assert [r["graph"] for r in json.loads(capsys.readouterr().out)["regions"]] == ["wrap_body_0", "wrap_body_1", ""]
 
 
+def test_explain_accounts_for_what_is_kept(capsys) -> None:
+    assert cli.main(["explain", *LLAMA, "--saved"]) == 0
+    *_, table = capsys.readouterr().out.partition("kept for the backward: ")
+    assert re.match(r"\S+ KiB -> \S+ KiB, per token \(\d+ tokens\) \S+ KiB -> \S+ KiB\n", table)
+    assert re.search(r" mst_fx\.sum +lm_head$", table, re.MULTILINE)
+    assert re.search(r" _scaled_dot_product\S+ x2 +model\.layers\.\{0-1\}\.self_attn \(transformers/", table)
+    assert cli.main(["explain", *LLAMA, "--saved", "--format", "json"]) == 0
+    (memory,) = json.loads(capsys.readouterr().out)["memory"]
+    for part in memory.values():
+        assert sum(s["bytes"] for s in part["saved"]) == part["saved_bytes"]
+    assert memory["after"]["saved_bytes"] < memory["before"]["saved_bytes"]
+
+
 def test_diff_of_an_entry(capsys) -> None:
     assert cli.main(["diff", *ENTRY]) == 0
     plain = capsys.readouterr().out

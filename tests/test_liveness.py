@@ -43,6 +43,10 @@ def test_pointwise_chain_is_inlined() -> None:
     # Saved: the product, and what goes into the second one; `* 2` and `sin` take no memory.
     assert [m.live_bytes for m in forward] == [T * ROW, 2 * T * ROW, 3 * T * ROW]
     assert plain.saved_bytes == 2 * T * ROW
+    assert [(k.text, k.path, k.bytes) for k in plain.saved] == [
+        (f"float32[{T}, {H}] mm", "one", T * ROW),
+        (f"float32[{T}, {H}] exp", "", T * ROW),
+    ]
     # The output's gradient, the two saved values and the second weight's gradient; then the gradient of exp joins.
     backward = [m for m in plain.moments if m.phase == "backward"]
     assert backward[0].live_bytes == 3 * T * ROW + H * ROW

@@ -1,5 +1,6 @@
 """Live bytes of many equal layers from few of them: the same, moment by moment, as from all."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def assert_same(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Mo
         assert [m.live_bytes for m in found.moments] == [m.live_bytes for m in expected.moments]
         assert [m.phase for m in found.moments] == [m.phase for m in expected.moments]
         assert (found.saved_bytes, found.peak_bytes) == (expected.saved_bytes, expected.peak_bytes)
+        assert Counter(found.saved) == Counter(expected.saved)
         assert (found.largest_bytes, found.largest) == (expected.largest_bytes, expected.largest)
         layers = [[m.path for m in t.moments if "mlp" in m.path or "gate" in m.path] for t in (found, expected)]
         assert layers[0] == layers[1]
