@@ -12,7 +12,8 @@ Two forces pull at the chunk size ``C``:
 * bytes: a region takes ``accumulators + C * wide`` instead of ``T * wide``;
 * time: every chunk adds into each ``K x N`` accumulator once, which moves ``8 * K * N`` bytes (fp32) for a product of
   ``2 * C * K * N`` FLOPs: a share ``t / C`` of that product's time, ``t = 4 * flops / bandwidth`` (about 660 tokens on
-  an H200, 50 to 100 on a CPU). ``MIN_CHUNK_TOKENS`` keeps that share small, and matrices large enough to be fast.
+  an H200, 50 to 100 on a CPU in fp32, twice that where it multiplies bf16). ``least_tokens`` keeps that share small,
+  and matrices large enough to be fast.
 
 ``auto`` lets a chunk cost about as much as what exists anyway, for less would save little:
 
@@ -20,7 +21,7 @@ Two forces pull at the chunk size ``C``:
     C      = greatest power of two <= target, T / 2, MAX_CHUNK_TOKENS,
              and such that accumulators + C * wide <= 3/4 T * wide and <= T * wide - MIN_SAVED_BYTES
 
-and leaves the region alone where that is below ``MIN_CHUNK_TOKENS``. Every bound grows with ``T``, so a longer
+and leaves the region alone where that is below ``least_tokens``. Every bound grows with ``T``, so a longer
 sequence never gets smaller chunks, and one that is longer than a chunked one is chunked. It is never more than three
 quarters of the bytes without chunks.
 """
@@ -30,7 +31,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MIN_CHUNK_TOKENS = {"cpu": {"mlp": 1024, "loss": 256}, "gpu": {"mlp": 2048, "loss": 1024}}
+MIN_CHUNK_TOKENS = {
+    "cpu": {"mlp": 1024, "loss": 256},
+    "cpu, two bytes": {"mlp": 1024, "loss": 512},
+    "gpu": {"mlp": 2048, "loss": 1024},
+}
 MAX_CHUNK_TOKENS = 16384
 MIN_SAVED_BYTES = 8 * 2**20
 MOST_KEPT = 0.75
@@ -59,6 +64,7 @@ def plan_chunks(
     accumulator_bytes: int,
     chunk_tokens: int | str,
     device: str = "cpu",
+    itemsize: int = 4,
 ) -> ChunkPlan | str:
     """Plan a region of ``tokens`` rows, or say in one sentence why it is better left alone.
 
@@ -70,13 +76,14 @@ def plan_chunks(
         accumulator_bytes: Bytes of the weight-gradient accumulators; 0 when nothing trains.
         chunk_tokens: The user's ``mst.chunk_tokens``.
         device: "cpu", or anything else for a GPU.
+        itemsize: Bytes of a number of the region's input.
     """
     before = tokens * wide_bytes
     if not isinstance(chunk_tokens, str):
         if tokens <= chunk_tokens:
             return f"too small: {tokens} tokens fit in one chunk of {chunk_tokens}"
         return _plan(tokens, chunk_tokens, wide_bytes, accumulator_bytes)
-    least = MIN_CHUNK_TOKENS["cpu" if device == "cpu" else "gpu"][kind]
+    least = least_tokens(kind, device, itemsize)
     if tokens < 2 * least:
         return f"too small: {tokens} tokens are less than two chunks of {least}"
     room = min(MOST_KEPT * before, before - MIN_SAVED_BYTES) - accumulator_bytes
@@ -88,6 +95,13 @@ def plan_chunks(
     most = min(tokens // 2, MAX_CHUNK_TOKENS, int(room // max(wide_bytes, 1)))
     size = max(least, min(target, most))
     return _plan(tokens, 1 << (size.bit_length() - 1), wide_bytes, accumulator_bytes)
+
+
+def least_tokens(kind: str, device: str, itemsize: int) -> int:
+    """Return the tokens of the smallest chunk that ``auto`` makes."""
+    if device != "cpu":
+        return MIN_CHUNK_TOKENS["gpu"][kind]
+    return MIN_CHUNK_TOKENS["cpu" if itemsize > 2 else "cpu, two bytes"][kind]
 
 
 def _plan(tokens: int, size: int, wide_bytes: int, accumulator_bytes: int) -> ChunkPlan:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import mst_fx
 from mst_fx import plan as plan_module
 from mst_fx.bench.works import SwiGLU
-from mst_fx.plan import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MIN_SAVED_BYTES, ChunkPlan, chunk_bounds, plan_chunks
+from mst_fx.plan import MAX_CHUNK_TOKENS, MIN_SAVED_BYTES, ChunkPlan, chunk_bounds, least_tokens, plan_chunks
 
 MLP = {"wide_bytes": 2**16, "narrow_bytes": 2**12, "accumulator_bytes": 2**24}
 
@@ -37,6 +37,7 @@ REGION = {
     "narrow_bytes": st.integers(0, 2**18),
     "accumulator_bytes": st.integers(0, 2**34),
     "device": st.sampled_from(["cpu", "cuda"]),
+    "itemsize": st.sampled_from([2, 4]),
 }
 TOKENS = st.integers(0, 2**22)
 
@@ -52,7 +53,7 @@ def test_auto_never_plans_more_memory_than_before(tokens: int, **region: Any) ->
     assert plan.bytes_before - plan.bytes_after >= MIN_SAVED_BYTES
     assert plan.num_chunks >= 2
     assert plan.chunk_tokens.bit_count() == 1
-    least = MIN_CHUNK_TOKENS["cpu" if region["device"] == "cpu" else "gpu"][region["kind"]]
+    least = least_tokens(region["kind"], region["device"], region["itemsize"])
     assert least <= plan.chunk_tokens <= MAX_CHUNK_TOKENS
 
 
