@@ -28,7 +28,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from benchmarks.figures import load, replace_table, save
+from benchmarks.figures import replace_table
+from benchmarks.measurements import load, save
 from mst_fx.bench.works import llama, sizes_of
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
 from mst_fx.models import parse_pairs

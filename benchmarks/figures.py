@@ -15,12 +15,8 @@ Rows are saved under ``benchmarks/results``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,171 +26,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mst_fx.bench.questions import Cell, Question, run_cell
+from benchmarks.measurements import LENGTHS_SHOWN, MEASUREMENTS, RESULTS, SERIES, Rows, load, save
 from mst_fx.measure import prepare_compiler
-
-RESULTS = Path(__file__).parent / "results"
-Rows = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One work that several systems do."""
-
-    work: str
-    dtype: str
-    systems: tuple[str, ...]
-    shapes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Turns(Compared):
-    """Step times of several systems by turns."""
-
-    def run(self, steps: int, clock: str) -> Rows:
-        """Measure in one process; the row says which clock the ratios are to be read by."""
-        given = [a for k, v in self.shapes.items() for a in ("--set", f"{k}={json.dumps(v)}")]
-        command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.turns", self.work, "--systems",
-                   ",".join(self.systems), "--dtype", self.dtype, "--steps", str(steps), *given]  # fmt: skip
-        env = {**os.environ, **({"OMP_NUM_THREADS": "1"} if clock == "cpu" else {})}
-        return {"clock": clock, **json.loads(_output(command, env))}
-
-
-@dataclass(frozen=True)
-class Cells(Compared):
-    """Peak, first step and, where asked for, the gradients' error: a process and a cold cache for each system."""
-
-    error: bool = False
-    rounds: int = 1
-    steps: int = 1
-    warm: bool = False
-    """Run every cell a second time on the caches of the first."""
-
-    def run(self, steps: int, clock: str) -> Rows:
-        """Run the cells, systems by turns."""
-        question = Question({"llama": "model"}.get(self.work, self.work), "cpu", self.dtype, steps=self.steps)
-        extra = ["--error"] if self.error else []
-        rows: Rows = {}
-        with tempfile.TemporaryDirectory() as root:
-            for _ in range(self.rounds):
-                for system in self.systems:
-                    folder = tempfile.mkdtemp(dir=root)
-                    for caches in ("cold", "warm") if self.warm else ("cold",):
-                        row = run_cell(question, Cell(system, self.shapes, caches), folder, *extra)
-                        rows.setdefault(f"{system}, warm" if caches == "warm" else system, []).append(row)
-        return rows
-
-
-@dataclass(frozen=True)
-class Script:
-    """A script that prints one JSON value, run ``times`` times on one cache folder that begins empty."""
-
-    text: str
-    times: int = 1
-
-    def run(self, steps: int, clock: str) -> Rows:
-        """Run it and keep every value."""
-        command = [sys.executable, "-W", "ignore", "-c", self.text]
-        with tempfile.TemporaryDirectory() as folder:
-            env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-            return {"values": [json.loads(_output(command, env)) for _ in range(self.times)]}
-
-
-SMALL_LLAMA = """
-import json, torch
-from mst_fx.bench.works import llama
-from torch._dynamo.utils import counters
-torch.manual_seed(0)
-work = llama(layers=1, hidden=64, intermediate=224, vocab=1000, seq_len=512, dtype=torch.float32, device="cpu")
-fn = torch.compile(work.module, backend="mst", options={"mst.chunk_tokens": 128})
-"""
-LENGTHS = """
-counts = []
-for i in range(22):
-    ids = torch.randint(0, 1000, (1, 400 + 37 * i))
-    fn(input_ids=ids, labels=ids).loss.backward()
-    counts.append(counters["stats"]["unique_graphs"])
-print(json.dumps(counts[-1] - counts[1]))
-"""
-MISSES = """
-work.step(fn)
-found = {**counters["aot_autograd"], **counters["inductor"]}
-print(json.dumps(sum(v for k, v in found.items() if k.endswith(("_miss", "_bypass")))))
-"""
-
-CHECKPOINTING = {"checkpointing": True}
-HALF = {"hidden": 256, "intermediate": 896, "vocab": 16000, "heads": 4}
-"""The reference llama at half the width, for the picture: the same shares at a quarter of the work."""
-LENGTHS_SHOWN = (1024, 2048, 4096, 8192, 16384)
-SERIES = {
-    "inductor": ("plain", "tab:blue", "-"),
-    "inductor+checkpoint": ("checkpointing", "tab:blue", "--"),
-    "mst": ("mst", "tab:orange", "-"),
-    "mst+checkpoint": ("mst + checkpointing", "tab:orange", "--"),
-}
-"""System -> what the picture calls it, colour, line."""
-LENGTH_SYSTEMS = tuple(SERIES)
-MEASUREMENTS: dict[str, Turns | Cells | Script] = {
-    "head-fp32": Turns("head", "float32", ("inductor", "mst"), {}),
-    "head-fp32-batch2": Turns("head", "float32", ("inductor", "mst"), {"batch": 2}),
-    "head-bf16": Turns("head", "bfloat16", ("inductor", "auto_chunker", "mst", "mst parameter"), {}),
-    "head-bf16-batch2": Turns("head", "bfloat16", ("inductor", "mst parameter"), {"batch": 2}),
-    "head-peak": Cells("head", "bfloat16", ("inductor", "auto_chunker", "mst", "mst parameter"), {}, error=True),
-    "mlp-bf16": Turns("mlp", "bfloat16", ("inductor", "mst", "mst parameter", "chunk checkpoint"), {}),
-    "mlp-fp32": Turns("mlp", "float32", ("inductor+checkpoint", "mst"), {}),
-    "mlp-peak": Cells("mlp", "bfloat16", ("inductor", "mst", "mst parameter", "chunk checkpoint"), {}, error=True),
-    "llama": Turns("llama", "float32", ("inductor", "mst"), {}),
-    "llama-checkpointing": Turns("llama", "float32", ("inductor", "mst"), CHECKPOINTING),
-    "llama-peak": Cells("llama", "float32", ("inductor", "mst"), {}),
-    "llama-checkpointing-peak": Cells("llama", "float32", ("inductor", "mst"), CHECKPOINTING),
-    "llama-2k": Cells("llama", "float32", ("inductor",), {"seq_len": 2048}),
-    "llama-16k": Cells("llama", "float32", ("inductor",), {"seq_len": 16384}),
-    "llama-2k-checkpointing": Cells("llama", "float32", ("inductor", "mst"), {"seq_len": 2048, **CHECKPOINTING}),
-    "llama-16k-checkpointing": Cells("llama", "float32", ("inductor", "mst"), {"seq_len": 16384, **CHECKPOINTING}),
-    "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
-    "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
-    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, warm=True),
-    **{
-        f"length-{n}": Cells("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}, steps=0) for n in LENGTHS_SHOWN
-    },
-    **{
-        f"length-{n}-time": Turns("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}) for n in LENGTHS_SHOWN[:4]
-    },
-    "lengths": Script(SMALL_LLAMA + LENGTHS),
-    "caches": Script(SMALL_LLAMA + MISSES, times=2),
-}
-
-
-def _output(command: list[str], env: dict[str, str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout.splitlines()[-1]
-
-
-def save(name: str, rows: Rows) -> None:
-    """Write a measurement's rows as JSON."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def load(name: str) -> Rows | None:
-    """Return a measurement's saved rows, None where it was not run."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
 
 # -- figures from saved rows -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio (or a count), what it is of, and the most that is asked."""
+    """A ratio (or a count), what it is of, and the most that is asked, None for nothing."""
 
     work: str
     what: str
     against: str
-    limit: float
+    limit: float | None
     value: Callable[[], float]
 
 
@@ -222,6 +67,10 @@ def _slope(base: str) -> Callable[[], float]:
     return lambda: grown("mst", "-checkpointing") / grown("inductor", base)
 
 
+def _overhead(which: int) -> Callable[[], float]:
+    return lambda: _rows("overhead")["values"][0][which]
+
+
 class _MissingError(Exception):
     """A figure's rows were not measured, or a system could not run; the message says which."""
 
@@ -238,6 +87,7 @@ def _rows(name: str) -> Rows:
 
 
 PLAIN, PEAK, ERROR, FIRST = "Inductor", "peak_bytes", "gradient_error", "first_s"
+EAGER = "eager checkpoint per chunk"
 PARAM, BOTH, WARM = "mst parameter", ("mst", "inductor"), ("mst, warm", "inductor, warm")
 FIGURES = [
     Figure("head fp32", "time", PLAIN, 1.10, _time("head-fp32", "mst", "inductor")),
@@ -256,8 +106,8 @@ FIGURES = [
     Figure("mlp bf16", "peak", PLAIN, 0.55, _cells("mlp-peak", "mst", "inductor", PEAK)),
     Figure("mlp fp32", "time", "Inductor + checkpoint", 1.02, _time("mlp-fp32", "mst", "inductor+checkpoint")),
     Figure("mlp bf16", "error of gradients", PLAIN, 1.12, _cells("mlp-peak", "mst", "inductor", ERROR)),
-    Figure("mlp bf16", "time", "eager checkpoint per chunk", 0.55, _time("mlp-bf16", "mst", "chunk checkpoint")),
-    Figure("mlp bf16", "peak", "eager checkpoint per chunk", 1.00, _cells("mlp-peak", "mst", "chunk checkpoint", PEAK)),
+    Figure("mlp bf16, parameter", "peak", EAGER, 1.00, _cells("mlp-peak", PARAM, "chunk checkpoint", PEAK)),
+    Figure("mlp bf16, parameter", "time", EAGER, 0.55, _time("mlp-bf16", PARAM, "chunk checkpoint")),
     Figure("llama", "peak", PLAIN, 0.20, _cells("llama-peak", "mst", "inductor", PEAK)),
     Figure("llama", "time", PLAIN, 0.95, _time("llama", "mst", "inductor")),
     Figure("llama, checkpointing", "peak", "the same", 0.22, _cells("llama-checkpointing-peak", *BOTH, PEAK)),
@@ -270,6 +120,8 @@ FIGURES = [
     Figure("llama, 8 layers", "first step, warm", PLAIN, 0.80, _cells("llama-compile", *WARM, FIRST)),
     Figure("20 sequence lengths after the first two", "recompilations", "", 0, lambda: _rows("lengths")["values"][0]),
     Figure("second process, same model", "cache misses", "", 0, lambda: _rows("caches")["values"][1]),
+    Figure("a chunk, forward", "microseconds", "its body called alone", None, _overhead(0)),
+    Figure("a chunk, backward", "microseconds", "its body called alone", None, _overhead(1)),
 ]  # fmt: skip
 
 
@@ -279,11 +131,15 @@ def lines() -> list[tuple[str, str, str, str, str]]:
     for f in FIGURES:
         try:
             ratio = f.value()
-            met = f"at most {f.limit:g}" + ("" if round(ratio, 2) <= f.limit else ", **missed**")
+            met = _asked(f) + ("" if f.limit is None or round(ratio, 2) <= f.limit else ", **missed**")
             found.append((f.work, f.what, f.against, f"{ratio:.2f}", met))
         except _MissingError as e:
-            found.append((f.work, f.what, f.against, str(e), f"at most {f.limit:g}"))
+            found.append((f.work, f.what, f.against, str(e), _asked(f)))
     return found
+
+
+def _asked(figure: Figure) -> str:
+    return "" if figure.limit is None else f"at most {figure.limit:g}"
 
 
 def write_readme() -> None:

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mst_fx
-from benchmarks.figures import RESULTS, replace_table
+from benchmarks.figures import replace_table
+from benchmarks.measurements import RESULTS
 from mst_fx.bench.cell import device_name, versions
 from mst_fx.bench.questions import environment
 from mst_fx.bench.systems import SYSTEMS

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.figures import RESULTS, replace_table
+from benchmarks.figures import replace_table
+from benchmarks.measurements import RESULTS
 from benchmarks.sweep_cell import Row, code_version, work
 
 PATH = RESULTS / "sweep.json"

@@ -93,7 +93,7 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         accumulators if trains else 0,
         context.config.chunk_tokens,
         lifted.body.chunked[0].device.type,
-        min(s.dtype.itemsize for s in lifted.body.chunked if s.dtype.is_floating_point),
+        min((s.dtype.itemsize for s in lifted.body.chunked if s.dtype.is_floating_point), default=4),
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
 

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import mst_fx
+<<<<<<< HEAD
 from benchmarks import engines, figures, gpu
+=======
+from benchmarks import figures, gpu, measurements
+>>>>>>> 7605c4c (Figures: what is measured is apart from what is made of it; microseconds per chunk; equal peaks are compared)
 from benchmarks import plan as plan_sweep
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
@@ -224,12 +228,12 @@ def test_tables_and_plots_come_from_saved_rows(tmp_path: Path, capsys: pytest.Ca
 def test_the_picture_of_lengths_comes_from_saved_rows(
     timed: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
     for n in (1024, 4096):
-        rows = {s: [row(s, peak_bytes=n * 1000 * i)] for i, s in enumerate(figures.SERIES, 1)}
-        figures.save(f"length-{n}", rows)
+        rows = {s: [row(s, peak_bytes=n * 1000 * i)] for i, s in enumerate(measurements.SERIES, 1)}
+        measurements.save(f"length-{n}", rows)
     for n in timed:
-        figures.save(f"length-{n}-time", {"clock": "cpu", "cpu_s": {s: [1.0, 2.0] for s in figures.SERIES}})
+        measurements.save(f"length-{n}-time", {"clock": "cpu", "cpu_s": {s: [1.0, 2.0] for s in measurements.SERIES}})
     assert figures.draw_lengths(tmp_path / "length.png") == [1024, 4096]
     assert (tmp_path / "length.png").read_bytes()[:4] == b"\x89PNG"
 
