@@ -28,6 +28,7 @@ from mst_fx.projections import read_projection
 from mst_fx.region import Region, region_key
 from mst_fx.report import BodyCode, Mismatch, RegionReport
 from mst_fx.rewrite import find_place, replace
+from mst_fx.sums import sum_itemsize
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
     narrow = sum(_row_bytes(s.shape, s.dtype) for s in lifted.body.chunked) + sum(
         _row_bytes((), _dtype(o.node)) * max(1, _features(o)) for o in lifted.outputs
     )
-    itemsize = 4 if context.config.accumulate == "float32" else 0
     trained = [s for s in lifted.body.shared if s.needs_grad]
-    accumulators = sum(math.prod(s.shape) * max(itemsize, s.dtype.itemsize) for s in trained)
+    accumulate = context.config.accumulate
+    accumulators = sum(math.prod(s.shape) * sum_itemsize(s.dtype, accumulate, s.shape, s.device) for s in trained)
     if region.partial_sums:
         accumulators += sum(_row_bytes(s.shape, s.dtype) for s in trained)
     plan = plan_chunks(

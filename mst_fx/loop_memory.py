@@ -12,9 +12,10 @@ from torch import fx
 from mst_fx.body import Term
 from mst_fx.chunking import size_hint
 from mst_fx.inductor import cpu_multiplies, partition, storage_of
-from mst_fx.ops import BODIES, MAP, PRODUCT_BLOCK_BYTES, SUM, CompiledBody
+from mst_fx.ops import BODIES, MAP, SUM, CompiledBody
 from mst_fx.pipeline import copy_graph
 from mst_fx.steps import build_program, flat, simulate, value_bytes
+from mst_fx.sums import PRODUCT_BLOCK_BYTES, sum_dtype, sum_itemsize
 
 _LOOPS = {MAP, SUM, torch.ops.mst_fx.map_backward.default}
 
@@ -41,7 +42,7 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
     first = len(values) - len(plan.chunked) - len(plan.shared)
     row_bytes = sum(values[first : first + len(plan.chunked)])
     wide = max((_wide_bytes(found, p, t, results, rows) for p, terms in plan.shared.items() for t in terms), default=0)
-    sums = {p: [math.prod(t.shape) * _sum_dtype(found, p).itemsize for t in ts] for p, ts in plan.shared.items()}
+    sums = {p: [_sum_bytes(found, p, t) for t in terms] for p, terms in plan.shared.items()}
     remaining = sum(map(sum, sums.values()))
     most = remaining + max(peak, sum(value_bytes(v, rows) for v in results) + wide)
     done = 0
@@ -50,7 +51,7 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
         gradient = math.prod(spec.shape) * spec.dtype.itemsize
         copied = (
             len(terms) > 1
-            or _sum_dtype(found, position) != spec.dtype
+            or any(_sum_dtype(found, position, t) != spec.dtype for t in terms)
             or not all(_is_contiguous(t, spec.shape) for t in terms)
         )
         most = max(most, done + remaining + (gradient if copied else 0))
@@ -59,19 +60,24 @@ def _gradient_bytes(found: CompiledBody, node: fx.Node, rows: int) -> int:
     return max(0, row_bytes + most - sum(values))
 
 
-def _sum_dtype(found: CompiledBody, position: int) -> torch.dtype:
-    dtype = found.shared[position].dtype
-    return torch.promote_types(dtype, torch.float32) if found.accumulate == "float32" else dtype
+def _sum_dtype(found: CompiledBody, position: int, term: Term) -> torch.dtype:
+    return sum_dtype(found.shared[position].dtype, found.accumulate, term.shape)
+
+
+def _sum_bytes(found: CompiledBody, position: int, term: Term) -> int:
+    spec = found.shared[position]
+    return math.prod(term.shape) * sum_itemsize(spec.dtype, found.accumulate, term.shape, spec.device)
 
 
 def _wide_bytes(found: CompiledBody, position: int, term: Term, results: list[Any], rows: int) -> int:
     """Return what adding one product to its accumulator needs, see NOTE [fp32 sums on a CPU]."""
     if len(term.outputs) == 1 or found.shared[position].device.type != "cpu":
         return 0
-    factor, dtype = results[term.outputs[1]], _sum_dtype(found, position)
-    if factor.dtype == dtype:
+    factor, dtype = results[term.outputs[1]], _sum_dtype(found, position, term)
+    if factor.dtype == dtype and _sum_bytes(found, position, term) == math.prod(term.shape) * dtype.itemsize:
         return 0
-    widened = 0 if cpu_multiplies(factor.dtype) else value_bytes(factor, rows) // factor.dtype.itemsize * dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32)
+    widened = 0 if cpu_multiplies(factor.dtype) else value_bytes(factor, rows) // factor.dtype.itemsize * wide.itemsize
     return widened + PRODUCT_BLOCK_BYTES
 
 

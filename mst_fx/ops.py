@@ -22,13 +22,8 @@ import torch
 from torch import fx
 
 from mst_fx.body import Backward, InputSpec, Term
-from mst_fx.inductor import cpu_multiplies
 from mst_fx.plan import chunk_bounds
-
-PRODUCT_BLOCK_BYTES = 32 * 2**20
-"""A product that cannot be added while it is computed goes block by block; smaller ones multiply more slowly."""
-ADDED_ELEMENTS = 2**17
-"""Of a block, as many are cast and added at a time as stay in a core's cache with their fp32 copy."""
+from mst_fx.sums import Sum
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 """A loop allocates per chunk and may draw masks: under ``mode="reduce-overhead"`` Inductor captures around it."""
@@ -204,11 +199,15 @@ def _run_backward(
     assert found.plan is not None
     plan, tokens = found.plan, chunked[0].shape[0]
     rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
-    sums: dict[int, torch.Tensor | None] = {id(t): None for terms in plan.shared.values() for t in terms}
+    sums = {
+        id(t): Sum(found.shared[p].dtype, found.accumulate, t.shape, chunked[0].device)
+        for p, terms in plan.shared.items()
+        for t in terms
+    }
     weights = _as_compiled(found.shared, shared)
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
         inputs = [*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)]
-        _take_chunk(found, plan, found.backward(*inputs), rows, sums, totals, others, slice(start, end))
+        _take_chunk(plan, found.backward(*inputs), rows, sums, totals, others, slice(start, end))
     gradients = [rows[i] for i in plan.chunked]
     for position, terms in plan.shared.items():
         gradients.append(_finish(terms, sums, shared[position]))
@@ -216,7 +215,7 @@ def _run_backward(
 
 
 def _take_chunk(
-    found: CompiledBody, plan: Backward, results: Any, rows: Any, sums: Any, totals: Any, others: Any, chunk: slice
+    plan: Backward, results: Any, rows: Any, sums: dict[int, Sum], totals: Any, others: Any, chunk: slice
 ) -> None:
     """Put one chunk's results where they belong. A function, so that its wide values die before the next chunk."""
     if totals is not None:
@@ -225,56 +224,16 @@ def _take_chunk(
         other[chunk].copy_(results[i])
     for position, output in plan.chunked.items():
         rows[position][chunk].copy_(results[output])
-    for position, terms in plan.shared.items():
+    for terms in plan.shared.values():
         for term in terms:
-            values = [results[o] for o in term.outputs]
-            sums[id(term)] = _accumulate(sums[id(term)], term, values, found, position)
+            total, values = sums[id(term)], [results[o] for o in term.outputs]
+            total.add_product(*values) if len(values) == 2 else total.add(*values)
 
 
-def _accumulate(total: Any, term: Term, values: list[torch.Tensor], found: CompiledBody, position: int) -> torch.Tensor:
-    dtype = found.shared[position].dtype
-    if found.accumulate == "float32":
-        dtype = torch.promote_types(dtype, torch.float32)
-    if len(values) == 1:
-        return values[0].to(dtype, copy=True) if total is None else total.add_(values[0])
-    a, b = values
-    if dtype == a.dtype:
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    first = total is None
-    if total is None:
-        total = torch.empty(term.shape, dtype=dtype, device=a.device)
-    if a.is_cuda:
-        if first:
-            torch.mm(a, b, out_dtype=dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=dtype, out=total)
-        return total
-    # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. Where the CPU multiplies bf16
-    # fast, a block of the product is rounded and added; where it does not, the factors are widened block by block
-    # and the sum is exact.
-    step = max(1, PRODUCT_BLOCK_BYTES // (max(a.shape[1], b.shape[1]) * dtype.itemsize))
-    wide = None if cpu_multiplies(a.dtype) else b.to(dtype)
-    for start in range(0, a.shape[0], step):
-        factor, block = a[start : start + step], total[start : start + step]
-        if wide is None:
-            _add_cast(block, torch.mm(factor, b), first)
-        elif first:
-            torch.mm(factor.to(dtype), wide, out=block)
-        else:
-            block.addmm_(factor.to(dtype), wide)
-    return total
-
-
-def _add_cast(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
-    """Add (or copy) into a wider dtype piece by piece: an add of two dtypes casts all of the narrow one first."""
-    for wide, narrow in zip(total.view(-1).split(ADDED_ELEMENTS), part.view(-1).split(ADDED_ELEMENTS), strict=True):
-        wide.copy_(narrow) if first else wide.add_(narrow)
-
-
-def _finish(terms: tuple[Term, ...], sums: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+def _finish(terms: tuple[Term, ...], sums: dict[int, Sum], like: torch.Tensor) -> torch.Tensor:
     gradient = None
     for term in terms:
-        total = sums.pop(id(term))
+        total = sums.pop(id(term)).result()
         if total is None:
             continue
         laid = total if term.layout is None else term.layout(total)

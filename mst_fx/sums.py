@@ -1,0 +1,147 @@
+"""Sums of weight gradients over chunks: what they are kept in, and how a chunk's part is added.
+
+    mst.accumulate="float32":   in fp32 at the least, cast to the parameter's dtype once.
+    mst.accumulate="parameter": in the parameter's dtype. Sums of up to SMALL_SUM_BYTES are kept in fp32 all the same.
+
+NOTE [bf16 and eight bits more] A sum in bf16 is rounded at every chunk, and what is rounded away grows with the number
+of chunks. On a CPU, where no product adds into fp32 either, the next eight bits of fp32 are kept in a second tensor:
+three bytes per weight instead of four, the error of fp32, and bf16 is the upper part as it lies in memory, so that
+nothing is cast in the end. On a GPU a product adds into bf16 itself, with one rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mst_fx.inductor import cpu_multiplies
+
+PRODUCT_BLOCK_BYTES = 32 * 2**20
+"""A product that cannot be added while it is computed goes block by block; smaller ones multiply more slowly."""
+ADDED_ELEMENTS = 2**17
+"""Of a block, as many are cast and added at a time as stay in a core's cache with their fp32 copy."""
+SMALL_SUM_BYTES = 2**20
+
+
+def sum_dtype(dtype: torch.dtype, accumulate: str, shape: Sequence[int]) -> torch.dtype:
+    """Return the dtype in which the gradient of a weight is summed over chunks."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide if accumulate == "float32" or math.prod(shape) * wide.itemsize <= SMALL_SUM_BYTES else dtype
+
+
+def sum_itemsize(dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> int:
+    """Return the bytes per number of such a sum."""
+    kept = sum_dtype(dtype, accumulate, shape)
+    return kept.itemsize + _is_extended(kept, device)
+
+
+def _is_extended(kept: torch.dtype, device: torch.device) -> bool:
+    return kept is torch.bfloat16 and device.type == "cpu"
+
+
+class Sum:
+    """A sum over chunks of parts of one shape.
+
+    Args:
+        dtype: The weight's.
+        accumulate: ``mst.accumulate``.
+        shape: Of every part.
+        device: Where the parts are.
+    """
+
+    def __init__(self, dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> None:
+        self._dtype = sum_dtype(dtype, accumulate, shape)
+        self._shape, self._device = tuple(shape), device
+        self._total: torch.Tensor | None = None
+        self._rest: torch.Tensor | None = None
+        """See NOTE [bf16 and eight bits more]; None before anything was added to a first part."""
+
+    def add(self, part: torch.Tensor) -> None:
+        """Add a part."""
+        if self._total is None:
+            self._total = part.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
+        elif _is_extended(self._dtype, self._device):
+            self._add_extended(slice(None), part.contiguous())
+        else:
+            self._total.add_(part)
+
+    def add_product(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add ``a @ b``."""
+        first = self._total is None
+        if a.dtype == self._dtype and (first or not _is_extended(self._dtype, self._device)):
+            self._total = torch.mm(a, b) if self._total is None else self._total.addmm_(a, b)
+            return
+        if self._total is None:
+            self._total = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        total = self._total
+        if a.is_cuda and first:
+            torch.mm(a, b, out_dtype=self._dtype, out=total)
+        elif a.is_cuda:
+            torch.addmm(total, a, b, out_dtype=self._dtype, out=total)
+        elif _is_extended(self._dtype, self._device):
+            for rows, part in self._products(a, b):
+                total[rows].copy_(part) if first else self._add_extended(rows, part)
+        elif cpu_multiplies(a.dtype):
+            for rows, part in self._products(a, b):
+                _add_cast(total[rows], part, first)
+        else:
+            self._add_widened(total, a, b, first)
+
+    def result(self) -> torch.Tensor | None:
+        """Return the sum, which nothing may be added to any more; None where there were no parts."""
+        total, rest, self._total, self._rest = self._total, self._rest, None, None
+        if total is not None and rest is not None:
+            for upper, lower in _pieces(total.view(torch.int16), rest):
+                upper.view(torch.bfloat16).copy_(_joined(upper, lower).view(torch.float32))
+        return total
+
+    # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. Where the CPU multiplies bf16 fast, a
+    # block of the product is rounded and added; where it does not, the factors are widened block by block and the
+    # sum is exact.
+
+    @staticmethod
+    def _blocks(a: torch.Tensor, b: torch.Tensor) -> Iterator[slice]:
+        step = max(1, PRODUCT_BLOCK_BYTES // (max(a.shape[1], b.shape[1]) * 4))
+        for start in range(0, a.shape[0], step):
+            yield slice(start, start + step)
+
+    def _products(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        wide = None if cpu_multiplies(a.dtype) else b.float()
+        for rows in self._blocks(a, b):
+            yield rows, torch.mm(a[rows], b) if wide is None else torch.mm(a[rows].float(), wide)
+
+    def _add_widened(self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+        wide = b.to(total.dtype)
+        for rows in self._blocks(a, b):
+            if first:
+                torch.mm(a[rows].to(total.dtype), wide, out=total[rows])
+            else:
+                total[rows].addmm_(a[rows].to(total.dtype), wide)
+
+    def _add_extended(self, rows: slice, part: torch.Tensor) -> None:
+        assert self._total is not None
+        if self._rest is None:
+            self._rest = torch.zeros(self._shape, dtype=torch.uint8, device=self._device)
+        for upper, lower, new in _pieces(self._total.view(torch.int16)[rows], self._rest[rows], part):
+            bits = _joined(upper, lower)
+            bits.view(torch.float32).add_(new)
+            bits.add_(0x80)  # to the nearest; a NaN of the parts has zeros there, so that it does not overflow
+            lower.copy_(bits >> 8)  # the lowest eight bits of that
+            upper.copy_(bits.bitwise_right_shift_(16))
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    yield from zip(*(t.view(-1).split(ADDED_ELEMENTS) for t in tensors), strict=True)
+
+
+def _joined(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """Return the bits of fp32 numbers whose first 24 are given, as int32."""
+    return upper.to(torch.int32).bitwise_left_shift_(16).add_(lower.to(torch.int32), alpha=0x100)
+
+
+def _add_cast(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
+    """Add (or copy) into a wider dtype piece by piece: an add of two dtypes casts all of the narrow one first."""
+    for wide, narrow in _pieces(total, part):
+        wide.copy_(narrow) if first else wide.add_(narrow)
