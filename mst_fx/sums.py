@@ -18,7 +18,7 @@ import torch
 
 from mst_fx.inductor import cpu_multiplies
 
-PRODUCT_BLOCK_BYTES = 32 * 2**20
+PRODUCT_BLOCK_BYTES = 8 * 2**20
 """A product that cannot be added while it is computed goes block by block; smaller ones multiply more slowly."""
 ADDED_ELEMENTS = 2**17
 """Of a block, as many are cast and added at a time as stay in a core's cache with their fp32 copy."""
