@@ -10,11 +10,7 @@ import pytest
 import torch
 
 import mst_fx
-<<<<<<< HEAD
-from benchmarks import engines, figures, gpu
-=======
-from benchmarks import figures, gpu, measurements
->>>>>>> 7605c4c (Figures: what is measured is apart from what is made of it; microseconds per chunk; equal peaks are compared)
+from benchmarks import engines, figures, gpu, measurements
 from benchmarks import plan as plan_sweep
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
@@ -270,7 +266,7 @@ MEASURED = {
 
 def test_the_table_of_engines() -> None:
     """Every engine is in it, in the README as it is saved, and gathers weights as often as without mst."""
-    saved = figures.load("engines")
+    saved = measurements.load("engines")
     assert saved is not None
     lines = [dict(zip(engines.HEADER, line, strict=True)) for line in engines.lines(saved)]
     assert [line["engine"] for line in lines] == list(engines.ENGINES)
