@@ -246,3 +246,14 @@ def count_tokens(graph: fx.Graph, call: LossCall, tokens: Callable[[], Any]) -> 
     safe = graph.call_method("masked_fill", (labels, graph.call_function(torch.logical_not, (counted,)), 0))
     weights = graph.call_function(operator.getitem, (call.weight, safe))
     return graph.call_method("sum", (graph.call_function(torch.mul, (weights, counted)),))
+
+
+def none_counts(graph: fx.Graph, call: LossCall, divisor: fx.Node) -> fx.Node:
+    """Append nodes that say whether every label is ignored: then the loss is NaN and its gradients are 0, as in torch.
+
+    Where labels count and the sum of their weights is 0, torch's gradients are NaN too.
+    """
+    if call.weight is None:
+        return graph.call_function(torch.eq, (divisor, 0))
+    counted = graph.call_function(torch.ne, (call.labels, call.ignore_index))
+    return graph.call_function(torch.logical_not, (graph.call_method("any", (counted,)),))

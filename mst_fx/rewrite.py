@@ -28,7 +28,7 @@ from mst_fx.graph import (
     storages,
 )
 from mst_fx.lift import Input, Lifted, Output
-from mst_fx.losses import LossCall, count, read_by_count, sum_dtype
+from mst_fx.losses import LossCall, count, none_counts, read_by_count, sum_dtype
 from mst_fx.region import Region, module_stack, region_key
 from mst_fx.report import Mismatch
 from mst_fx.rows import same_size
@@ -221,16 +221,17 @@ def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     total = value if summed else graph.call_method("sum", (value,), {"dtype": wide})
     divisor = count(graph, output.total, lambda: token_count(graph, lifted), lambda s: size_of(graph, s))
     if divisor is not None:
-        labels = isinstance(output.total, LossCall) and not output.total.soft
-        total = _divided(graph, total, divisor) if labels else graph.call_function(torch.div, (total, divisor))
+        if isinstance(output.total, LossCall) and not output.total.soft:
+            total = _divided(graph, total, divisor, none_counts(graph, output.total, divisor))
+        else:
+            total = graph.call_function(torch.div, (total, divisor))
     for offset in output.offsets:
         total = graph.call_function(torch.add, (total, offset))
     return total if old.dtype == wide and not output.offsets else graph.call_method("to", (total, old.dtype))
 
 
-def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node) -> fx.Node:
-    """Divide by the number of tokens that count; without any the loss is NaN and its gradients are 0, as in torch."""
-    none = graph.call_function(torch.eq, (count, 0))
+def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node, none: fx.Node) -> fx.Node:
+    """Divide by what counts; NaN without a gradient where nothing does."""
     quotient = graph.call_function(torch.div, (total, graph.call_function(torch.add, (count, none))))
     return graph.call_function(torch.where, (none, float("nan"), quotient))
 

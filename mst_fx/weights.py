@@ -16,7 +16,7 @@ from torch import fx
 
 from mst_fx.graph import fake_tensor, mutated_storages, ndim, storages
 from mst_fx.lift import Lifted, Output, finish_lift
-from mst_fx.losses import LossCall, ValueSum, count, sum_dtype
+from mst_fx.losses import LossCall, ValueSum, count, none_counts, sum_dtype
 from mst_fx.region import region_key
 from mst_fx.report import Mismatch
 from mst_fx.rewrite import erase_dead, find_place, size_of, token_count
@@ -133,12 +133,14 @@ class _Writer:
         assert total is not None
         with self.graph.inserting_before(self.place):
             by = count(self.graph, total, lambda: token_count(self.graph, self.lifted), self._number)
+            none = None
+            if by is not None and isinstance(total, LossCall) and not total.soft:
+                none = none_counts(self.graph, total, by)
         self._fill()
         if by is None:
             return weight, []
-        if not isinstance(total, LossCall) or total.soft:
+        if none is None:
             return self._divide(weight, by), []
-        none = self._call(torch.eq, by, 0)
         weight = self._divide(weight, self._call(torch.add, by, none))
         return weight, [self._call(torch.where, none, float("nan"), 0.0)]
 

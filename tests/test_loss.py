@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mst_fx
 from tests.harness import EAGER, check_exact, chunked, reasons
 
 T, H, V = 46, 16, 61
@@ -202,3 +203,29 @@ def test_bf16_weight_gradient_is_no_worse_than_unchunked(accumulate: str) -> Non
     slack = 4e-3 if accumulate == "float32" else 8e-3
     ours = check_exact(Head(upcast).bfloat16(), data, options={"mst.accumulate": accumulate}, slack=slack)
     assert chunked(ours.report, "loss") == 1
+
+
+@pytest.mark.parametrize("gradient", ["auto", "recompute"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_labels_whose_weights_are_all_zero(ignored: bool, scale: float, gradient: str) -> None:
+    """The loss is 0 / 0 and so are its gradients, as in torch; where every label is ignored they are 0."""
+    tokens, model, weights = 23, nn.Linear(H, V), torch.rand(V)
+    weights[: V // 2] = 0
+    labels = torch.full((tokens,), -100) if ignored else torch.arange(tokens) % (V // 2)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(x), labels, weight=weights) * scale
+
+    found = []
+    for backend in ("aot_eager", "mst"):
+        x = torch.randn(tokens, H, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model.zero_grad()
+        options = {**EAGER, "mst.chunk_tokens": 8, "mst.loss_gradient": gradient} if backend == "mst" else None
+        value = torch.compile(loss, backend=backend, options=options)(x)
+        value.backward()
+        found.append([value.detach(), x.grad, *(p.grad for p in model.parameters())])
+    assert len(mst_fx.reports()[-1].chunked) == 1
+    assert bool(found[0][1].isnan().all()) is not ignored  # type: ignore[union-attr]
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, equal_nan=True)
