@@ -207,7 +207,7 @@ def _run_backward(
     weights = _as_compiled(found.shared, shared)
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
         inputs = [*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)]
-        _take_chunk(plan, found.backward(*inputs), rows, sums, totals, others, slice(start, end))
+        _take_chunk(found, found.backward(*inputs), rows, sums, totals, others, slice(start, end))
     gradients = [rows[i] for i in plan.chunked]
     for position, terms in plan.shared.items():
         gradients.append(_finish(terms, sums, shared[position]))
@@ -215,9 +215,11 @@ def _run_backward(
 
 
 def _take_chunk(
-    plan: Backward, results: Any, rows: Any, sums: dict[int, Sum], totals: Any, others: Any, chunk: slice
+    found: CompiledBody, results: Any, rows: Any, sums: dict[int, Sum], totals: Any, others: Any, chunk: slice
 ) -> None:
     """Put one chunk's results where they belong. A function, so that its wide values die before the next chunk."""
+    plan = found.plan
+    assert plan is not None
     if totals is not None:
         totals.append(results[0])
     for i, other in enumerate(others, start=1):

@@ -49,10 +49,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
     """Make the chunk gradient of bodies with a weight of ``wide`` rows a little wrong."""
     healthy = ops._take_chunk
 
-    def planted(found, plan, results, *rest):
+    def planted(found, results, *rest):
         if any(s.shape[:1] == (wide,) for s in found.shared):
             results = [*results[:-1], results[-1] * 1.01]
-        healthy(found, plan, results, *rest)
+        healthy(found, results, *rest)
 
     monkeypatch.setattr(ops, "_take_chunk", planted)
 
@@ -98,7 +98,7 @@ def test_plain_nan_must_be_ours_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.failures, str(found)
     loss = next(r for r in found.rows if r.name == "output")
     assert loss.plain != loss.plain
-    monkeypatch.setattr("mst_fx.rewrite._divided", lambda graph, total, count: total)
+    monkeypatch.setattr("mst_fx.rewrite._divided", lambda graph, total, *_: total)
     found = run(AllIgnored(SwiGLU()), token_inputs())
     assert [r.name for r in found.failures] == ["output"]
     assert "is not NaN or infinite as plain rightly is" in str(found)
