@@ -195,10 +195,6 @@ def chunk_folded(
 ) -> RegionReport:
     """Lift a region with what surrounds it and attempt to chunk it so, or else alone.
 
-    NOTE [what a checkpointed block returns is saved] AOTAutograd saves the value between two checkpointed blocks by
-    forbidding its recomputation, which it can't forbid of a loop's result: then the backward would run every block
-    again from the first one on, its loop a third time. So what a block returns is not made in the loop.
-
     Args:
         region: A legal region.
         context: The pass's.
@@ -212,8 +208,6 @@ def chunk_folded(
     if len(tokens) == len(kinds) == 1:
         end = ends[0] if len(ends) == 1 else None
         for fold in folds(region.module, region.nodes, *tokens, *kinds, end, region.outer):
-            if region.outer and fold.exit is not None and any(u.op == "output" for u in fold.exit.users):
-                continue  # NOTE [what a checkpointed block returns is saved]
             region.take(fold)
             lifted = lift(region, context.fake_mode)
             if isinstance(lifted, Lifted):

@@ -14,6 +14,10 @@ is the entry itself costs no input, and its sum is written once.
 What is folded is only proposed here, by what reads what; the region is lifted with it, which proves that it is
 token-wise, or without it. Not folded: what has other readers, draws random numbers, or reads another value of the
 tokens than the entry.
+
+NOTE [what a checkpointed block returns is saved] AOTAutograd saves the value between two checkpointed blocks by
+forbidding its recomputation, which it can't forbid of a loop's result: then the backward would run every block
+again from the first one on, its loop a third time. So what a block returns is no exit.
 """
 
 from __future__ import annotations
@@ -121,9 +125,14 @@ class _Surroundings:
             inside.add(node)
             exits = [n for n in (terminal, *taken) if any(u not in inside for u in n.users)]
             worth = any(_is_norm(n) or entry in n.all_input_nodes for n in taken)
-            if exits == [node] and worth and _alike(node, terminal) and _itemsize(node) <= _itemsize(terminal):
+            fits = _alike(node, terminal) and _itemsize(node) <= _itemsize(terminal)
+            if exits == [node] and worth and fits and not self._is_returned(node):
                 found.append([*taken])
         return found[::-1]
+
+    def _is_returned(self, node: fx.Node) -> bool:
+        """Whether a checkpointed block returns it: see NOTE [what a checkpointed block returns is saved]."""
+        return bool(self.outer) and any(u.op == "output" for u in node.users)
 
     def _may_join(self, node: fx.Node) -> bool:
         if node.op not in ("call_function", "call_method") or is_autocast_switch(node) or is_in_place(node):

@@ -10,6 +10,7 @@ Not modelled: Inductor's own order of steps, workspaces of library kernels, what
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,11 @@ class Saved:
     path: str
     """Module that made it, "" where none is known."""
     bytes: int
+
+    @property
+    def kind(self) -> tuple[str, str, int]:
+        """What is equal for the same value of equal layers."""
+        return self.text, re.sub(r"\.\d+\b", ".#", f"{self.source} {self.path}"), self.bytes
 
 
 @dataclass(frozen=True)

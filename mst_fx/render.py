@@ -135,7 +135,7 @@ def saved_rows(timeline: Any, tokens: int) -> list[tuple[str, str, str, str]]:
     """Return bytes per token, bytes in all, value, and place of what is kept, equal values of equal layers together."""
     groups: dict[tuple[str, str, int], list[Any]] = {}
     for s in timeline.saved:
-        groups.setdefault((s.text, re.sub(r"\.\d+\b", ".#", f"{s.source} {s.path}"), s.bytes), []).append(s)
+        groups.setdefault(s.kind, []).append(s)
     rows = []
     for group in sorted(groups.values(), key=lambda g: -sum(s.bytes for s in g)):
         first, total = group[0], sum(s.bytes for s in group)

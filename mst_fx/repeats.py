@@ -189,25 +189,21 @@ def _more_saved(
     smaller: Sequence[Saved], larger: Sequence[Saved], few: int, extra: int, names: _Names
 ) -> tuple[Saved, ...] | None:
     """Return what all units keep; those put in are named after the last but one, which is like them."""
-    before = Counter(map(_kept_kind, smaller))
-    after = Counter(map(_kept_kind, larger))
+    before = Counter(s.kind for s in smaller)
+    after = Counter(s.kind for s in larger)
     if before - after:
         return None
     found: list[Saved] = []
     for s in larger:
         found.append(replace(s, path=names.moved(s.path, extra if names.unit(s.path) == few else 0)))
     for kind, count in (after - before).items():
-        alike = [s for s in larger if _kept_kind(s) == kind]
+        alike = [s for s in larger if s.kind == kind]
         own = [s for s in alike if names.unit(s.path) == few - 1]
         if len(own) == count:
             found += [replace(s, path=names.moved(s.path, r + 1)) for r in range(extra) for s in own]
         else:
             found += alike[-count:] * extra
     return tuple(found)
-
-
-def _kept_kind(saved: Saved) -> tuple[str, str, int]:
-    return saved.text, re.sub(r"\.\d+\b", ".#", f"{saved.source} {saved.path}"), saved.bytes
 
 
 @dataclass(frozen=True)
