@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mst_fx.bench.questions import Cell, Question, run_cell
+from mst_fx.bench.questions import Cell, Question, run_cell, too_much
+from mst_fx.bench.works import check_sizes
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, Any]
@@ -175,6 +176,14 @@ MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "caches": Script(SMALL_LLAMA + MISSES, times=2),
     "overhead": Script(OVERHEAD),
 }
+
+
+def too_slow_here(name: str) -> str | None:
+    """Return why this machine can't run a measurement in reasonable time, None where it can."""
+    measured = MEASUREMENTS[name]
+    if isinstance(measured, Script):
+        return None
+    return too_much(measured.work, check_sizes(measured.work, measured.shapes), measured.dtype)
 
 
 def _output(command: list[str], env: dict[str, str]) -> str:

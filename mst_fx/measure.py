@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ def highest_memory(device: str) -> int:
 def _status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def matmul_slowdown(dtype: torch.dtype) -> float:
+    """Return how many times as long this CPU takes for a matmul in a dtype as for one in fp32, at least 1.
+
+    Without instructions for bf16 torch multiplies it by a plain loop: some hundred times as long.
+    """
+    if dtype == torch.float32:
+        return 1.0
+
+    def seconds(tried: torch.dtype) -> float:
+        a, b = (torch.ones(256, 256, dtype=tried) for _ in range(2))
+        found = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ b
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    return max(1.0, seconds(dtype) / seconds(torch.float32))
 
 
 def prepare_compiler(env: dict[str, str]) -> None:

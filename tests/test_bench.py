@@ -3,6 +3,7 @@
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 import mst_fx
 from benchmarks import engines, figures, gpu, measurements
 from benchmarks import plan as plan_sweep
+from mst_fx.bench import questions
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
 from mst_fx.bench.works import WORKS, head, mlp
 from mst_fx.cli import main
+from mst_fx.measure import matmul_slowdown
 from mst_fx.models import UsageError
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
@@ -179,6 +182,27 @@ def test_a_mistake_is_one_line(
     said = capsys.readouterr().err.strip()
     assert told in said
     assert "\n" not in said
+
+
+def test_a_dtype_this_cpu_has_no_instructions_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hours are not begun: the command says so, the figures leave the rows of another machine as they are."""
+    assert matmul_slowdown(torch.float32) == 1
+    assert matmul_slowdown(torch.bfloat16) >= 1
+    monkeypatch.setattr(questions, "matmul_slowdown", lambda dtype: 1.0 if dtype == torch.float32 else 150.0)
+    assert main(["bench", "head", "--device", "cpu", "--dtype", "bfloat16"]) == 2
+    assert "in bfloat16, which it multiplies 150 times as slowly as float32" in capsys.readouterr().err
+    assert plan(Question("head", "cpu", "bfloat16", shapes=TINY["head"]))
+    assert plan(Question("head", "cpu", "float32"))
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+    monkeypatch.setattr(figures, "prepare_compiler", lambda env: None)
+    monkeypatch.setattr(figures, "lines", list)
+    monkeypatch.setattr(measurements.Turns, "run", lambda self, steps, clock: {"clock": clock})
+    monkeypatch.setattr(sys, "argv", ["figures", "head-bf16", "head-fp32"])
+    figures.main()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head-fp32-batch2.json", "head-fp32.json"]
+    assert "head-bf16: not measured" in capsys.readouterr().err
 
 
 def test_a_cell_that_takes_too_long_is_a_row() -> None:

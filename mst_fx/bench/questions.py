@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from mst_fx.bench.systems import SYSTEMS
 from mst_fx.bench.works import SHAPES, check_sizes, flops_of, sizes_of
 from mst_fx.config import Config, did_you_mean
-from mst_fx.measure import MALLOC_ENV, prepare_compiler
-from mst_fx.models import UsageError
+from mst_fx.measure import MALLOC_ENV, matmul_slowdown, prepare_compiler
+from mst_fx.models import DTYPES, UsageError
 
 Row = dict[str, Any]
 
@@ -36,7 +36,9 @@ LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16384, 32768, 65536, 
 GRACE_SECONDS = 60
 """With ``minutes``: how much longer the last cell may take."""
 CPU_FLOPS = 2 * 10**13
-"""More than this a step (minutes) is not run on a CPU by mistake."""
+"""More than this a step (minutes), counted in fp32, is not run on a CPU by mistake."""
+SLOW = 10
+"""So many times as long as fp32 is what a CPU without instructions for a dtype takes."""
 SMALLER = ("seq_len", "tokens", "hidden", "intermediate", "vocab", "layers", "heads", "kv_heads")
 """Sizes that are named to one whose work is too large."""
 
@@ -121,13 +123,24 @@ def _check(question: Question, shapes: dict[str, Any]) -> None:
     work = WORK_OF[question.name]
     for length in question.lengths or (None,):
         sizes = check_sizes(work, shapes if length is None else {**shapes, "seq_len": length})
-        parameters, flops = flops_of(work, sizes)
-        if question.device == "cpu" and flops > CPU_FLOPS:
+        why = too_much(work, sizes, question.dtype) if question.device == "cpu" else None
+        if why is not None:
             small = " ".join(f"--set {k}={v}" for k, v in sizes_of(work).items() if k in shapes and k in SMALLER)
             raise UsageError(
-                f"{parameters / 1e9:.2g} billion parameters and {flops / 1e12:.0f} TFLOP a step are too much for "
-                f"a CPU; run it on a machine with a CUDA device, or make it smaller{': ' if small else ''}{small}"
+                f"{why}; run it on a machine with a CUDA device, or make it smaller{': ' if small else ''}{small}"
             )
+
+
+def too_much(work: str, sizes: Mapping[str, Any], dtype: str) -> str | None:
+    """Return why a step of a work would take this CPU many minutes, None if it would not."""
+    parameters, flops = flops_of(work, sizes)
+    slower = matmul_slowdown(DTYPES[dtype])
+    if flops * slower <= CPU_FLOPS:
+        return None
+    size = f"{parameters / 1e9:.2g} billion parameters and {flops / 1e12:.3g} TFLOP a step"
+    if slower < SLOW:
+        return f"{size} are too much for a CPU"
+    return f"{size} are too much for this CPU in {dtype}, which it multiplies {slower:.0f} times as slowly as float32"
 
 
 def ask(
