@@ -4,8 +4,9 @@
     python -m benchmarks.plan mlp             # cases whose names begin so
     python -m benchmarks.plan --readme        # measure nothing: the table of saved rows, into README.md
 
-A case is a process of its own with one thread. In every round each chunk size and plain Inductor run one step; times
-are processor time, ratios are medians over rounds. The peak of a step over its start is read in the same process.
+The size chosen is asked of these sources whenever the table is made. A case is a process of its own with one thread.
+In every round each chunk size and plain Inductor run one step; times are processor time, ratios are medians over
+rounds. The peak of a step over its start is read in the same process.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import mst_fx
 from benchmarks.figures import replace_table
 from benchmarks.measurements import RESULTS
 from mst_fx.bench.cell import device_name, versions
-from mst_fx.bench.questions import environment
+from mst_fx.bench.questions import environment, too_much
 from mst_fx.bench.systems import SYSTEMS
-from mst_fx.bench.works import WORKS
+from mst_fx.bench.works import WORKS, Work, check_sizes
 from mst_fx.measure import peak_over_start
 from mst_fx.models import DTYPES
 
@@ -48,15 +49,25 @@ SMALLEST = 128
 FILE = RESULTS / "plan.json"
 
 
-def measure(case: str, rounds: int) -> dict[str, Any]:
-    """Measure one case in this process."""
+def chosen_size(case: str) -> int | None:
+    """Return the chunk size that ``auto`` picks, None for a region left alone; nothing is run."""
+    work = made(case)
+    (region,) = mst_fx.explain(work.module)(**work.inputs).regions
+    return region.chunk_tokens if region.status == "chunked" else None
+
+
+def made(case: str) -> Work:
+    """Return the work of a case."""
     torch.manual_seed(0)
     name, dtype, shapes = CASES[case]
-    work = WORKS[name](**shapes, dtype=DTYPES[dtype], device="cpu")
-    work.step(SYSTEMS["mst"](work, {}))
-    region = mst_fx.reports()[-1].regions[0]
+    return WORKS[name](**shapes, dtype=DTYPES[dtype], device="cpu")
+
+
+def measure(case: str, rounds: int) -> dict[str, Any]:
+    """Measure one case in this process."""
+    name, dtype, shapes = CASES[case]
+    work, chosen = made(case), chosen_size(case)
     sizes = {2**i for i in range(SMALLEST.bit_length() - 1, shapes["tokens"].bit_length() - 1)}
-    chosen = region.chunk_tokens if region.status == "chunked" else None
     functions = {"plain": SYSTEMS["inductor"](work, {})}
     for size in sorted(sizes | ({chosen} if chosen else set())):
         functions[str(size)] = SYSTEMS["mst"](work, {"chunk_tokens": size})
@@ -73,7 +84,7 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         work.clear()
         peaks[key], _ = peak_over_start(lambda fn=fn: work.step(fn), "cpu")
     return {
-        "case": case, "work": name, "dtype": dtype, "shapes": shapes, "chosen": chosen, "reason": region.reason,
+        "case": case, "work": name, "dtype": dtype, "shapes": shapes, "chosen": chosen,
         "cpu_s": times, "peak_bytes": peaks, "device": device_name("cpu"), "versions": versions(),
     }  # fmt: skip
 
@@ -122,10 +133,13 @@ def main() -> None:
     if not args.readme:
         wanted = [c for c in CASES if not args.names or c.startswith(tuple(args.names))]
         for i, case in enumerate(wanted):
-            sys.stderr.write(f"{i + 1} of {len(wanted)}: {case}\n")
+            why = too_much(CASES[case][0], check_sizes(CASES[case][0], CASES[case][2]), CASES[case][1])
+            sys.stderr.write(f"{i + 1} of {len(wanted)}: {case}{f': not measured: {why}' if why else ''}\n")
+            if why:
+                continue
             rows[case] = apart(case, args.rounds)
             FILE.write_text(json.dumps({c: rows[c] for c in CASES if c in rows}, indent=1) + "\n")
-        rows = {c: rows[c] for c in CASES if c in rows}
+    rows = {c: {**rows[c], "chosen": chosen_size(c)} for c in CASES if c in rows}
     if args.readme:
         replace_table("plan", [f"| {' | '.join(r)} |" for r in (HEADER, ("---",) * len(HEADER), *lines(rows))])
     table = Table(*HEADER)
