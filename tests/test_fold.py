@@ -66,6 +66,17 @@ def scaled(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return x + m.scale * m.mlp(rms(x, m.scale))
 
 
+def unit_length(m: Layer, x: torch.Tensor) -> torch.Tensor:
+    x = m.mixed(x)
+    return x + m.mlp(F.normalize(x, dim=-1) * H**0.5 * m.scale)
+
+
+def two_moments(m: Layer, x: torch.Tensor) -> torch.Tensor:
+    x = m.mixed(x)
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return x + m.mlp((x - mean) * (var + 1e-6).rsqrt() * m.scale)
+
+
 def scaled_residual(m: Layer, x: torch.Tensor) -> torch.Tensor:
     x = m.mixed(x)
     return 0.5 * x + F.dropout(m.mlp(m.first(x)), 0.0) * 2
@@ -81,7 +92,11 @@ def no_residual(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return m.mlp(m.second(m.mlp(m.first(m.mixed(x)))))
 
 
-FOLDED = [pre_norm, norm_behind, post_norm, scaled, scaled_residual, in_a_row, no_residual]
+FOLDED = {
+    pre_norm: 2, norm_behind: 4, post_norm: 2, scaled: 1, unit_length: 1, two_moments: 1, scaled_residual: 2,
+    in_a_row: 2, no_residual: 4,
+}  # fmt: skip
+"""How many parameters join those of the projections."""
 
 
 class Model(nn.Module):
@@ -115,8 +130,7 @@ def test_surroundings_are_folded_exactly(run: Any, checkpointed: bool) -> None:
     ours = check_exact(Model(run, checkpointed), token_inputs())
     assert chunked(ours.report, "mlp") == (4 if run in (in_a_row, no_residual) else 2)
     loops = folded(ours.report)
-    # Weights and biases of the projections are four; a norm has two more, a scale one.
-    more = {pre_norm: 2, norm_behind: 4, post_norm: 2, scaled: 1, scaled_residual: 2, in_a_row: 2, no_residual: 4}[run]
+    more = FOLDED[run]
     assert [n for n in loops if n == (2, 3)], "the loss reads the last layer's output, labels, and the norm's weights"
     assert {n for n in loops if n != (2, 3)} <= {(1, 4 + more), (1, 4)}
     if checkpointed and run is post_norm:  # all that could join is what the block returns
