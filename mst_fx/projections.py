@@ -146,8 +146,8 @@ def _projection(
 def contracts_over_tokens(projection: Projection, outer: dict[fx.Node, fx.Node] | None = None) -> bool:
     """Whether what is summed over was no feature before a transpose (token mixing as in MLP-Mixer).
 
-    Features are the last dimensions of a value, where nothing has moved them, and the second of a convolution's; the
-    trace ends at the first op that is neither a transpose nor a copy.
+    Features are the last dimensions of a value, where nothing has moved them, and the second of a convolution's or a
+    group norm's; the trace ends at the first op that is neither a transpose nor a copy.
     """
     node: Any = projection.tokens
     value = fake_tensor(node)
@@ -175,7 +175,7 @@ def contracts_over_tokens(projection: Projection, outer: dict[fx.Node, fx.Node] 
 
 
 def _is_channels_first(node: Any) -> bool:
-    """Whether a value is a convolution's result, its places folded into one dimension, or elementwise of that."""
+    """Whether a value is of an op with features second, its places folded into one, or elementwise of that."""
     while isinstance(node, fx.Node) and node.op in ("call_method", "call_function"):
         if node.target in _CHANNELS_FIRST:
             return True
@@ -186,7 +186,10 @@ def _is_channels_first(node: Any) -> bool:
     return False
 
 
-_CHANNELS_FIRST = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d}
+_CHANNELS_FIRST = {
+    torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d,
+    F.group_norm, F.instance_norm, F.batch_norm, torch.group_norm, torch.instance_norm, torch.batch_norm,
+}  # fmt: skip
 _POINTWISE = {"gelu", "relu", "silu", "tanh", "sigmoid", "dropout", "contiguous", "float", "to"}
 
 

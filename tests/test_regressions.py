@@ -193,8 +193,15 @@ def patches(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return s.down(F.gelu(s.up(y)) * F.silu(s.up(z))).square().mean()
 
 
-def test_tokens_behind_a_convolution_are_found() -> None:
-    ours = check_exact(Parts(patches), token_inputs())
+def normed_in_groups(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A group norm, as a convolution, has its features in front of its places."""
+    y = F.group_norm(x.transpose(1, 2), 2).transpose(1, 2)
+    return s.down(F.gelu(s.up(y))).square().mean()
+
+
+@pytest.mark.parametrize("fn", [patches, normed_in_groups])
+def test_tokens_behind_an_op_with_features_second_are_found(fn: Any) -> None:
+    ours = check_exact(Parts(fn), token_inputs())
     assert chunked(ours.report, "mlp") == 1, str(ours.report)
 
 
