@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx import buckets, inductor
+from mst_fx import buckets, inductor, kernels
 from mst_fx.config import Config, OptionError
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
@@ -61,12 +61,12 @@ def compile_chunked(
     known = set(BODIES)
     compiled, report, logits = _compile(gm, example_inputs, config, only)
     try:
-        inductor.finish_kernels()
+        kernels.finish()
     except Exception:
         log.debug("a body's kernel failed in the background; compiled again one by one to know which", exc_info=True)
         for name in BODIES.keys() - known:
             del BODIES[name]
-        with inductor.kernels_at_once():
+        with kernels.at_once():
             compiled, report, logits = _compile(gm, example_inputs, config, only)
     if not logits:
         return compiled, report
@@ -155,4 +155,4 @@ def _log_any_settings() -> None:
 
 join_graphs()
 buckets.rewrite_before_cutting(mst)
-inductor.probe_cpu()
+kernels.probe_cpu()

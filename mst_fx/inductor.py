@@ -1,4 +1,4 @@
-"""The seam to torch's compiler: the only file that imports private torch.
+"""The seam to torch's compiler: with ``kernels``, the only file that imports private torch.
 
 Facts this file rests on (seen on 2.11 and 2.13):
     * A body compiles inside a backend through ``compile_fx`` under a ``TracingContext`` of its own fake mode.
@@ -15,11 +15,9 @@ import hashlib
 import itertools
 import pathlib
 import platform
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
@@ -32,8 +30,7 @@ from torch._dynamo.utils import counters, get_debug_dir
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
-from torch._inductor import cpu_vec_isa, list_mode_options
-from torch._inductor.async_compile import AsyncCompile
+from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx, compile_fx_inner, partition_fn
 from torch._inductor.decomposition import select_decomp_table
@@ -44,12 +41,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
+from mst_fx import kernels
+
 __all__ = [
     "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "breaks_so_far", "compile_body", "compile_graph",
-    "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "finish_kernels", "global_settings",
-    "graph_break", "is_piece", "keep_source", "kernels_at_once", "mode_options", "option_names", "partition",
-    "probe_cpu", "storage_of", "symbolic_inputs", "symbolic_sizes", "trace_artifact", "tracing_in_mode_of",
-    "without_modes",
+    "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "graph_break", "is_piece",
+    "keep_source", "mode_options", "option_names", "partition", "storage_of", "symbolic_inputs", "symbolic_sizes",
+    "trace_artifact", "tracing_in_mode_of", "without_modes",
 ]  # fmt: skip
 
 MINIMUM_TORCH = (2, 11)
@@ -206,8 +204,8 @@ def compile_body(
     own.output(own.graph_copy(graph.graph, {}))
     # A CUDA graph of the outer graph's own would hold those of its bodies, once per chunk size.
     options = {**options, "triton.cudagraphs": False}
-    later = inputs[0].device.type == "cpu" and not _at_once
-    with tracing(TracingContext(mode)), torch.no_grad(), _kernels_later() if later else contextlib.nullcontext():
+    later = kernels.later() if inputs[0].device.type == "cpu" else contextlib.nullcontext()
+    with tracing(TracingContext(mode)), torch.no_grad(), later:
         return compile_fx(fx.GraphModule(graph, own), list(inputs), config_patches=options)  # pyright: ignore
 
 
@@ -263,7 +261,7 @@ class _Apart(InductorChoices):
 
 
 def _compile_apart(compile_inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with V.set_choices_handler(_Apart()):
+    with V.set_choices_handler(_Apart()), kernels.early():
         return compile_inner(*args, **kwargs)
 
 
@@ -349,52 +347,3 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def debug_folder() -> pathlib.Path | None:
     """Return the folder of ``TORCH_COMPILE_DEBUG=1``, None where nobody asked for one."""
     return pathlib.Path(get_debug_dir()) / "mst_fx" if inductor_config.trace.enabled else None
-
-
-# -- C++ compilers in the background -----------------------------------------------------------------
-
-_waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
-_at_once: list[bool] = []
-
-
-@contextlib.contextmanager
-def _kernels_later() -> Iterator[None]:
-    """Do not wait for a body's C++ kernels: they compile while the next body and the outer graph are lowered.
-
-    Inductor's generated module starts its kernels' compilers and then waits; its functions look kernels up in
-    the module's globals only when they run, so the wait can come later.
-    """
-    with mock.patch.object(AsyncCompile, "wait", lambda kernels, scope: _waiting.append((kernels, scope))):
-        yield
-
-
-def finish_kernels() -> None:
-    """Wait for the C++ kernels of bodies compiled so far; raises what a C++ compiler raised."""
-    waiting = [*_waiting]
-    _waiting.clear()
-    for kernels, scope in waiting:
-        kernels.wait(scope)
-
-
-@contextlib.contextmanager
-def kernels_at_once() -> Iterator[None]:
-    """Compile each body to the end before the next, so that an error is raised where the body is known."""
-    _at_once.append(True)
-    try:
-        yield
-    finally:
-        _at_once.pop()
-
-
-def probe_cpu() -> None:
-    """Start in the background what Inductor asks the C++ compiler once per machine: which vector instructions work.
-
-    Inductor asks for one instruction set after another when it meets its first CPU kernel; here they are built side
-    by side while Dynamo traces. The answers are cached by torch, in the process and on disk.
-    """
-    if torch.cuda.is_available() or platform.machine() not in ("x86_64", "AMD64"):
-        return
-    present = cpu_vec_isa.x86_isa_checker()
-    for isa in cpu_vec_isa.supported_vec_isa_list:
-        if all(flag in present for flag in str(isa).split()):
-            threading.Thread(target=bool, args=(isa,), daemon=True).start()

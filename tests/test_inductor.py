@@ -107,9 +107,9 @@ def test_symbolic_tokens_are_reported_as_such() -> None:
 
 def test_a_kernel_that_fails_in_the_background_leaves_its_region(monkeypatch: pytest.MonkeyPatch) -> None:
     import mst_fx
-    from mst_fx import inductor
+    from mst_fx import inductor, kernels
 
-    compile_fx, wait, failing = inductor.compile_fx, inductor.AsyncCompile.wait, []
+    compile_fx, wait, failing = inductor.compile_fx, kernels.AsyncCompile.wait, []
 
     def remember(graph: Any, *args: Any, **kwargs: Any) -> Any:
         failing.append("softmax" in str(graph.graph))  # only the loss has one
@@ -118,13 +118,13 @@ def test_a_kernel_that_fails_in_the_background_leaves_its_region(monkeypatch: py
         finally:
             failing.pop()
 
-    def fail_for_the_loss(kernels: Any, scope: dict[str, Any]) -> None:
+    def fail_for_the_loss(compiling: Any, scope: dict[str, Any]) -> None:
         if any("softmax" in name for name in scope) and (not failing or failing[-1]):
             raise RuntimeError("no such instruction")
-        wait(kernels, scope)
+        wait(compiling, scope)
 
     monkeypatch.setattr(inductor, "compile_fx", remember)
-    monkeypatch.setattr(inductor.AsyncCompile, "wait", fail_for_the_loss)
+    monkeypatch.setattr(kernels.AsyncCompile, "wait", fail_for_the_loss)
     model, inputs = LanguageModel(SwiGLU()), token_inputs()
     fn = torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8, "mst.accumulate": "float32"})
     with pytest.warns(UserWarning, match="no such instruction"):
@@ -132,6 +132,42 @@ def test_a_kernel_that_fails_in_the_background_leaves_its_region(monkeypatch: py
     report = mst_fx.reports()[-1]
     assert {r.kind: r.status for r in report.regions} == {"mlp": "chunked", "loss": "skipped"}
     torch.testing.assert_close(loss, model(**inputs))
+
+
+def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
+    """Those of the outer graphs are begun before Inductor's module asks for them, and each is compiled once."""
+    early, asked, built = run_script(
+        """
+        import json, torch
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.codecache import PyCodeCache
+        from torch._inductor.cpp_builder import CppBuilder
+        from tests.models import LanguageModel, SwiGLU, token_inputs
+        loading, early, asked, built = [], set(), set(), []
+        pybinding, load, build = AsyncCompile.cpp_pybinding, PyCodeCache.load_by_key_path, CppBuilder.build
+        def cpp_pybinding(self, types, source):
+            (asked if loading else early).add(source)
+            return pybinding(self, types, source)
+        def load_by_key_path(*args, **kwargs):
+            loading.append(True)
+            try:
+                return load(*args, **kwargs)
+            finally:
+                loading.pop()
+        def run_build(self):
+            built.append(self.get_target_file_path())
+            return build(self)
+        AsyncCompile.cpp_pybinding, PyCodeCache.load_by_key_path = cpp_pybinding, load_by_key_path
+        CppBuilder.build = run_build
+        fn = torch.compile(LanguageModel(SwiGLU()), backend="mst", options={"mst.chunk_tokens": 8})
+        fn(**token_inputs()).backward()
+        kernels = [p for p in built if ".main" in p]
+        print(json.dumps([len(early & asked), len(asked), [len(kernels), len(set(kernels))]]))
+        """,
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path), TORCHINDUCTOR_COMPILE_THREADS="2",
+    )  # fmt: skip
+    assert 0 < early < asked, "all but the bodies'"
+    assert built == [asked, asked]
 
 
 @pytest.mark.slow

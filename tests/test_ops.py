@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import fx
 
+from mst_fx import kernels
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
 from mst_fx.chunking import Context, compile_region
 from mst_fx.config import Config
-from mst_fx.inductor import finish_kernels
 from mst_fx.plan import ChunkPlan
 from mst_fx.random import KEEP_MASK
 
@@ -37,7 +37,7 @@ def swiglu_body(dtype: torch.dtype, frozen: bool = False) -> Body:
 def register(body: Body, op: str, accumulate: str = "float32", compiler: str = "aot_eager") -> str:
     context = Context(Config(compiler=compiler, accumulate=accumulate), None)  # type: ignore[arg-type]
     name = compile_region(body, op, ChunkPlan(C, 2, 0, 0), context)
-    finish_kernels()
+    kernels.finish()
     return name
 
 

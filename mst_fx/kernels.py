@@ -1,0 +1,84 @@
+"""Inductor's C++ kernels: when their compilers run, so that Python and they need not wait for each other.
+
+Facts this file rests on (seen on 2.11 and 2.13):
+    * Inductor's generated module starts the compilers of all its kernels when it is loaded, which is after the whole
+      graph has been lowered, and waits for them at its end.
+    * Its functions look kernels up in the module's globals only when they run.
+    * A kernel is known by its source: asked for twice, it is compiled once.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import platform
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._inductor import cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+_waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+_at_once: list[bool] = []
+
+
+@contextlib.contextmanager
+def later() -> Iterator[None]:
+    """Do not wait for a body's kernels: they compile while the next body and the outer graph are lowered."""
+    if _at_once:
+        yield
+        return
+    with mock.patch.object(AsyncCompile, "wait", lambda kernels, scope: _waiting.append((kernels, scope))):
+        yield
+
+
+def finish() -> None:
+    """Wait for the kernels of bodies compiled so far; raises what a C++ compiler raised."""
+    waiting = [*_waiting]
+    _waiting.clear()
+    for kernels, scope in waiting:
+        kernels.wait(scope)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Compile each body to the end before the next, so that an error is raised where the body is known."""
+    _at_once.append(True)
+    try:
+        yield
+    finally:
+        _at_once.pop()
+
+
+@contextlib.contextmanager
+def early() -> Iterator[None]:
+    """Start a kernel's compiler as soon as its source is written: it runs while the rest of the graph is lowered."""
+    define = PythonWrapperCodegen.define_kernel
+
+    def start(wrapper: Any, name: str, source: str, *args: Any, **kwargs: Any) -> None:
+        if source.startswith("async_compile.cpp_pybinding("):
+            call = ast.parse(source.strip(), mode="eval").body
+            assert isinstance(call, ast.Call)
+            AsyncCompile().cpp_pybinding(*map(ast.literal_eval, call.args))
+        define(wrapper, name, source, *args, **kwargs)
+
+    with mock.patch.object(PythonWrapperCodegen, "define_kernel", start):
+        yield
+
+
+def probe_cpu() -> None:
+    """Start in the background what Inductor asks the C++ compiler once per machine: which vector instructions work.
+
+    Inductor asks for one instruction set after another when it meets its first CPU kernel; here they are built side
+    by side while Dynamo traces. The answers are cached by torch, in the process and on disk.
+    """
+    if torch.cuda.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return
+    present = cpu_vec_isa.x86_isa_checker()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        if all(flag in present for flag in str(isa).split()):
+            threading.Thread(target=bool, args=(isa,), daemon=True).start()
