@@ -139,15 +139,15 @@ def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
     early, asked, built = run_script(
         """
         import json, torch
-        from torch._inductor.async_compile import AsyncCompile
-        from torch._inductor.codecache import PyCodeCache
+        from torch._inductor.codecache import CppPythonBindingsCodeCache, PyCodeCache
         from torch._inductor.cpp_builder import CppBuilder
         from tests.models import LanguageModel, SwiGLU, token_inputs
         loading, early, asked, built = [], set(), set(), []
-        pybinding, load, build = AsyncCompile.cpp_pybinding, PyCodeCache.load_by_key_path, CppBuilder.build
-        def cpp_pybinding(self, types, source):
+        start = CppPythonBindingsCodeCache.load_pybinding_async
+        load, build = PyCodeCache.load_by_key_path, CppBuilder.build
+        def load_pybinding_async(types, source, **kwargs):
             (asked if loading else early).add(source)
-            return pybinding(self, types, source)
+            return start(types, source, **kwargs)
         def load_by_key_path(*args, **kwargs):
             loading.append(True)
             try:
@@ -157,7 +157,8 @@ def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
         def run_build(self):
             built.append(self.get_target_file_path())
             return build(self)
-        AsyncCompile.cpp_pybinding, PyCodeCache.load_by_key_path = cpp_pybinding, load_by_key_path
+        CppPythonBindingsCodeCache.load_pybinding_async = load_pybinding_async
+        PyCodeCache.load_by_key_path = load_by_key_path
         CppBuilder.build = run_build
         fn = torch.compile(LanguageModel(SwiGLU()), backend="mst", options={"mst.chunk_tokens": 8})
         fn(**token_inputs()).backward()
