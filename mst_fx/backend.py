@@ -79,6 +79,7 @@ def compile_chunked(
     return run, report
 
 
+@inductor.old_objects_frozen()
 def _compile(
     gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None
 ) -> tuple[Callable[..., Any], Report, list[LogitsSpec]]:

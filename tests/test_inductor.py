@@ -171,6 +171,34 @@ def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
     assert built == [asked, asked]
 
 
+def test_old_objects_are_frozen_while_a_graph_compiles() -> None:
+    """And what the user has frozen stays frozen."""
+    counts = run_script("""
+        import gc, json, torch
+        from mst_fx import inductor
+        from tests.models import LanguageModel, SwiGLU, token_inputs
+        counts, compiled = [gc.get_freeze_count()], inductor.compile_graph
+        def compile_graph(*args, **kwargs):
+            counts.append(gc.get_freeze_count())
+            return compiled(*args, **kwargs)
+        inductor.compile_graph = compile_graph
+        def run():
+            fn = torch.compile(LanguageModel(SwiGLU()), backend="mst",
+                               options={"mst.chunk_tokens": 8, "mst.compiler": "aot_eager"})
+            fn(**token_inputs())
+            counts.append(gc.get_freeze_count())
+        run()
+        torch._dynamo.reset()
+        gc.freeze()
+        counts.append(gc.get_freeze_count())
+        run()
+        print(json.dumps(counts))
+    """)
+    before, during, after, own, during_own, after_own = counts
+    assert before == after == 0 < during
+    assert during_own == after_own == own > 0
+
+
 @pytest.mark.slow
 def test_second_process_hits_the_caches(tmp_path: Any) -> None:
     script = """
