@@ -196,7 +196,7 @@ def test_old_objects_are_frozen_while_a_graph_compiles() -> None:
     """)
     before, during, after, own, during_own, after_own = counts
     assert before == after == 0 < during
-    assert during_own == after_own == own > 0
+    assert own >= during_own >= after_own > 0, "fewer where some were freed"
 
 
 @pytest.mark.slow
