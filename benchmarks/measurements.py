@@ -159,13 +159,17 @@ MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "llama-checkpointing": Turns("llama", "float32", ("inductor", "mst"), CHECKPOINTING),
     "llama-peak": Cells("llama", "float32", ("inductor", "mst"), {}),
     "llama-checkpointing-peak": Cells("llama", "float32", ("inductor", "mst"), CHECKPOINTING),
-    "llama-2k": Cells("llama", "float32", ("inductor",), {"seq_len": 2048}),
-    "llama-16k": Cells("llama", "float32", ("inductor",), {"seq_len": 16384}),
-    "llama-2k-checkpointing": Cells("llama", "float32", ("inductor", "mst"), {"seq_len": 2048, **CHECKPOINTING}),
-    "llama-16k-checkpointing": Cells("llama", "float32", ("inductor", "mst"), {"seq_len": 16384, **CHECKPOINTING}),
+    "llama-2k": Cells("llama", "float32", ("inductor",), {"seq_len": 2048}, steps=0),
+    "llama-16k": Cells("llama", "float32", ("inductor",), {"seq_len": 16384}, steps=0),
+    "llama-2k-checkpointing": Cells(
+        "llama", "float32", ("inductor", "mst"), {"seq_len": 2048, **CHECKPOINTING}, steps=0
+    ),
+    "llama-16k-checkpointing": Cells(
+        "llama", "float32", ("inductor", "mst"), {"seq_len": 16384, **CHECKPOINTING}, steps=0
+    ),
     "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
     "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
-    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, warm=True),
+    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, rounds=2, steps=0, warm=True),
     **{
         f"length-{n}": Cells("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}, steps=0) for n in LENGTHS_SHOWN
     },
