@@ -17,7 +17,7 @@ from torch import fx
 from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.config import Config
 from mst_fx.fold import Fold, folds
-from mst_fx.graph import fake, fake_tensor, module_path
+from mst_fx.graph import fake, fake_tensor, module_path, tensors_in
 from mst_fx.inductor import compile_body, global_settings, storage_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Output, lift
@@ -112,17 +112,13 @@ def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
     tokens = size_hint(lifted.tokens) if lifted is not None else 0
     if not tokens and first is not None:
         tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
-    given = {(storage_of(v), str(v.shape)) for t in region.terminals for v in _tensors(fake(t))}
+    given = {(storage_of(v), str(v.shape)) for t in region.terminals for v in tensors_in(fake(t))}
     for node in region.nodes:
-        for value in _tensors(fake(node)) if node not in region.fold.nodes else ():
+        for value in tensors_in(fake(node)) if node not in region.fold.nodes else ():
             numel, storage = size_hint(value.numel()), storage_of(value)
             if (storage, str(value.shape)) not in given:
                 seen[storage] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
     return sum(seen.values()) + region.row_bytes
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
 
 
 def _row_bytes(shape: Any, dtype: torch.dtype) -> int:
@@ -255,7 +251,7 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
         count = math.prod(value.shape[:-1])
         tokens = count if isinstance(count, int) else str(count)
     hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
-    trains = any(v.requires_grad for n in region.nodes for v in _tensors(fake(n)))
+    trains = any(v.requires_grad for n in region.nodes for v in tensors_in(fake(n)))
     wide = hint * wide_bytes(region, lifted) * (2 if trains else 1)  # as planned: values and their gradients
     return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason, **_where(region))
 

@@ -28,7 +28,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, fake_tensor, is_autocast_switch, is_in_place, is_layout, is_parameter_like, node_name
+from mst_fx.graph import (
+    fake,
+    fake_tensor,
+    is_autocast_switch,
+    is_in_place,
+    is_layout,
+    is_parameter_like,
+    node_name,
+    tensors_in,
+)
 from mst_fx.inductor import is_plain_fake
 from mst_fx.projections import read_projection
 from mst_fx.rows import same_size
@@ -142,17 +151,11 @@ class _Surroundings:
         return _is_plain(node) and read_projection(node, self.outer) is None and not _draws(node)
 
     def _is_shared(self, node: fx.Node) -> bool:
-        return not _tensors(node) or is_parameter_like(node, self.outer)
-
-
-def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    """Return what a node gives: one tensor, or several, as of ``torch.var_mean``."""
-    value = fake(node)
-    return [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, torch.Tensor)]
+        return not tensors_in(fake(node)) or is_parameter_like(node, self.outer)
 
 
 def _is_plain(node: fx.Node) -> bool:
-    found = _tensors(node)
+    found = tensors_in(fake(node))
     return bool(found) and all(is_plain_fake(v) and v.is_floating_point() for v in found)
 
 

@@ -34,6 +34,11 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return what a node gives: its one tensor, or those of several, as of ``torch.var_mean``."""
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
+
+
 def ndim(node: fx.Node) -> int:
     """Return the number of dimensions of a node's value; 0 for what is no tensor."""
     value = fake_tensor(node)
