@@ -17,6 +17,7 @@ from torch import fx
 
 from mst_fx import buckets, inductor, kernels
 from mst_fx.config import Config, OptionError
+from mst_fx.layers import share_layers
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
 from mst_fx.pipeline import run_passes
@@ -90,6 +91,9 @@ def _compile(
     if piece:
         report = dataclasses.replace(report, notes=(*report.notes, _PIECE))
     chunked = bool(report.chunked)
+    if chunked and config.share_layers and not (piece or buckets.cutting()):
+        if inductor.shares_layers(config.compiler, dict(config.inductor)):
+            share_layers(module)
     compiled = buckets.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
     return compiled, report, logits
 

@@ -34,12 +34,17 @@ class _Buckets(DDPOptimizer):
                     self.add_param(bucket, parameter, str(holder.target))
 
 
+def cutting() -> bool:
+    """Whether DDP asks for the graph that is being compiled to be cut."""
+    return bool(_asked)
+
+
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any], chunked: bool
 ) -> Callable[..., Any]:
     """Compile a rewritten graph in one piece, or in DDP's where DDP asks for them."""
     compile_piece = functools.partial(inductor.compile_graph, compiler=compiler, options=options, chunked=chunked)
-    if not _asked:
+    if not cutting():
         return compile_piece(graph, inputs)
     return _cut(_Buckets(_asked[-1].bucket_bytes_cap, compile_piece, _asked[-1].first_bucket_cap), graph, list(inputs))
 

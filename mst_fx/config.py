@@ -50,6 +50,8 @@ class Config:
     """What compiles the rewritten graph and the chunk bodies."""
     strict: bool = False
     """Raise when a graph that trains a loss ends with nothing chunked."""
+    share_layers: bool = True
+    """Compile equal layers once, as calls of one graph, where anything was chunked (torch >= 2.13)."""
     verify_tokenwise: bool = False
     """Try every ``mst_fx.tokenwise`` on random data when it is compiled, and raise where it is not true."""
     inductor: tuple[tuple[str, Any], ...] = field(default=())
@@ -128,5 +130,6 @@ _CHECKS: dict[str, Any] = {
     "accumulate": _choice("float32", "parameter"),
     "compiler": _choice("inductor", "aot_eager"),
     "strict": _check_bool,
+    "share_layers": _check_bool,
     "verify_tokenwise": _check_bool,
 }

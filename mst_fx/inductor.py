@@ -17,7 +17,7 @@ import itertools
 import pathlib
 import platform
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx, compile_fx_inner, partition_fn
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.ir import FallbackKernel
+from torch._inductor.ir import FallbackKernel, InvokeSubgraph
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -47,7 +47,7 @@ from mst_fx import kernels
 __all__ = [
     "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "breaks_so_far", "compile_body", "compile_graph",
     "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "graph_break", "is_piece",
-    "keep_source", "mode_options", "old_objects_frozen", "option_names", "partition", "storage_of",
+    "keep_source", "mode_options", "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of",
     "symbolic_inputs", "symbolic_sizes", "trace_artifact", "tracing_in_mode_of", "without_modes",
 ]  # fmt: skip
 
@@ -89,6 +89,14 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """
     inner = [getattr(v, n) for v in values if is_traceable_wrapper_subclass(v) for n in v.__tensor_flatten__()[0]]
     return next((v.fake_mode for v in [*values, *inner] if isinstance(v, FakeTensor)), None)
+
+
+def shares_layers(compiler: str, options: Mapping[str, Any]) -> bool:
+    """Whether what compiles a graph lowers one called several times once, and with all it can do elsewhere."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # where AOTAutograd's pairing of them was tested
+        return False
+    settings = {**inductor_config.get_config_copy(), **options}
+    return compiler == "aot_eager" or not (settings["cpp_wrapper"] or settings["triton.cudagraphs"])
 
 
 def keep_source(old: Any, new: Any) -> None:
@@ -270,7 +278,7 @@ class _Apart(InductorChoices):
         """Refuse two nodes that read the same value with a call of an op between them."""
         calls = self._calls.get(scheduler)
         if calls is None:
-            calls = sorted(n.min_order for n in scheduler.nodes if isinstance(n.node, FallbackKernel))
+            calls = sorted(n.min_order for n in scheduler.nodes if isinstance(n.node, (FallbackKernel, InvokeSubgraph)))
             self._calls[scheduler] = calls
         first, second = sorted((node1, node2), key=lambda n: n.min_order)
         if bisect.bisect(calls, first.max_order) < bisect.bisect_left(calls, second.min_order):
@@ -348,9 +356,11 @@ def _boxed_eager(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._dynamo.backends.debugging import boxed_nop
 
     aten = torch.ops.aten
-    for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default
-    graph.recompile()
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+                node.target = aten.reshape.default
+            module.recompile()
     return boxed_nop(graph, inputs)  # pyright: ignore
 
 
