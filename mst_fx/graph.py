@@ -19,8 +19,8 @@ from mst_fx.inductor import storage_of, symbolic_sizes
 _PROMISE = str(pathlib.Path(__file__).with_name("promise.py"))
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 OWN_BACKWARD = torch.ops.higher_order.autograd_function_apply
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 
 def fake(node: fx.Node) -> Any:
@@ -101,10 +101,10 @@ def walking(module: fx.GraphModule) -> Iterator[Iterator[fx.Node]]:
 
         def nodes() -> Iterator[fx.Node]:
             for node in module.graph.nodes:
-                if node.target is _ENTER:
-                    opened[node] = _ENTER(*node.args)
+                if node.target is ENTER_AUTOCAST:
+                    opened[node] = ENTER_AUTOCAST(*node.args)
                     stack.callback(_leave, opened, node)
-                elif node.target is _EXIT:
+                elif node.target is EXIT_AUTOCAST:
                     _leave(opened, node.args[0])
                 else:
                     yield node
@@ -114,13 +114,26 @@ def walking(module: fx.GraphModule) -> Iterator[Iterator[fx.Node]]:
 
 def is_autocast_switch(node: fx.Node) -> bool:
     """Whether a node enters or leaves an autocast state."""
-    return node.target is _ENTER or node.target is _EXIT
+    return node.target is ENTER_AUTOCAST or node.target is EXIT_AUTOCAST
+
+
+def open_autocasts(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that entered the autocast states in force at a node of the same graph, outermost first."""
+    opened: list[fx.Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.target is ENTER_AUTOCAST:
+            opened.append(other)
+        elif other.target is EXIT_AUTOCAST:
+            opened.remove(other.args[0])
+    return opened
 
 
 def _leave(opened: dict[Any, Any], node: Any) -> None:
     mode = opened.pop(node, None)
     if mode is not None:
-        _EXIT(mode)
+        EXIT_AUTOCAST(mode)
 
 
 def autocast_now() -> Callable[[], AbstractContextManager[Any]]:

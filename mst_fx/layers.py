@@ -9,15 +9,17 @@ Facts this file rests on (seen on 2.13):
     * One identifier is one graph: AOTAutograd takes the first call's forward and backward for every other call
       of that name, so that layers are equal only if their inputs are alike in dtype, strides and ``requires_grad``.
     * The graph may neither change nor return its inputs, and Inductor takes no symbolic sizes for it.
+    * A backward is traced with the dispatch keys of its forward but the autocast dtype of where it is traced: with an
+      autocast that a graph enters itself, products of the backward are cast to the default dtype once more.
     * CUDA graphs and the C++ wrapper do not see what is inside; ``inductor.shares_layers`` refuses both.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +27,18 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mst_fx.graph import fake, is_autocast_switch, is_in_place, run_on_fakes, storages
+from mst_fx.graph import (
+    CHECKPOINT,
+    fake,
+    is_autocast_switch,
+    is_in_place,
+    node_name,
+    open_autocasts,
+    run_on_fakes,
+    source_of,
+    storages,
+)
 from mst_fx.inductor import fake_mode_of, is_plain_fake
-from mst_fx.side_by_side import repeated_layers
 
 log = logging.getLogger(__name__)
 
@@ -46,24 +57,21 @@ class Unit:
 
     @classmethod
     def of(cls, nodes: Sequence[fx.Node]) -> Unit:
-        """Take nodes in the order of their graph; placeholders and attributes among them are inputs."""
-        own = dict.fromkeys(n for n in nodes if n.op not in ("placeholder", "get_attr", "output"))
+        """Take nodes in the order of their graph; parameters and constants among them are inputs."""
+        blocks = [n.args[0] for n in nodes if n.target is CHECKPOINT]
+        own: dict[Any, None] = dict.fromkeys([*blocks, *(n for n in nodes if n.op not in _GIVEN)])
         inputs = dict.fromkeys(a for n in own for a in n.all_input_nodes if a not in own)
         return cls(tuple(own), tuple(inputs), tuple(n for n in own if any(u not in own for u in n.users)))
 
-    @functools.cached_property
+    @property
     def key(self) -> tuple[Any, ...]:
         """What units that compute the same of alike inputs have in common."""
-        slots = {n: _Slot(i) for i, n in enumerate((*self.inputs, *self.nodes))}
+        return _written(self.inputs, self.nodes, self.outputs)
 
-        def written(node: fx.Node) -> tuple[Any, ...]:
-            return node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), slots.__getitem__))
-
-        return (
-            tuple(map(written, self.nodes)),
-            tuple(_described(fake(n)) for n in self.inputs),
-            tuple(slots[n].number for n in self.outputs),
-        )
+    @property
+    def place(self) -> str:
+        """Where the first of its nodes comes from."""
+        return source_of(self.nodes[0])
 
     def graph(self, root: fx.GraphModule) -> fx.GraphModule:
         """Return the unit as a graph of its own: of its inputs, to a tuple of its outputs."""
@@ -77,9 +85,44 @@ class Unit:
         return fx.GraphModule(root, graph)
 
 
+_GIVEN = ("placeholder", "get_attr", "output")
+
+
 @dataclass(frozen=True)
 class _Slot:
     number: int
+
+
+def _written(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Any) -> tuple[Any, ...]:
+    """Write a computation down without the names of its values; functions in it are compared by identity."""
+    slots = {n: _Slot(i) for i, n in enumerate((*inputs, *nodes))}
+
+    def slotted(arguments: Any) -> str:
+        return repr(fx.map_arg(arguments, slots.__getitem__))
+
+    def described(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return repr(value)
+        return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
+
+    lines = [_block(n) or (n.op, n.target, slotted((n.args, n.kwargs))) for n in nodes]
+    return tuple(described(fake(n)) for n in inputs), tuple(lines), slotted(tuple(outputs))
+
+
+def _block(node: fx.Node) -> tuple[Any, ...] | None:
+    """Write down the graph of a checkpointed block; None for any other node."""
+    inner = _block_graph(node)
+    if inner is None:
+        return None
+    *nodes, output = inner.graph.nodes
+    holders = [n for n in nodes if n.op == "placeholder"]
+    return _written(holders, [n for n in nodes if n.op != "placeholder"], output.args[0])
+
+
+def _block_graph(node: fx.Node) -> fx.GraphModule | None:
+    module = node.graph.owning_module
+    found = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+    return found if isinstance(found, fx.GraphModule) else None
 
 
 def share_layers(module: fx.GraphModule) -> int:
@@ -89,27 +132,86 @@ def share_layers(module: fx.GraphModule) -> int:
         module: A rewritten Dynamo graph with fake values in ``meta["example_value"]``.
     """
     count = 0
-    for repeats in [*repeated_layers(module.graph)]:
-        units = [Unit.of(nodes) for nodes, _ in repeats]
+    for units in [*_repeats([n for n in module.graph.nodes if n.op not in _GIVEN])]:
         reason = _reason_against(module, units)
         if reason:
-            log.debug("mst: %d layers like %s are compiled one by one: %s", len(units), repeats[0][1], reason)
+            log.debug("mst: %d layers are compiled one by one, the first at %s: %s", len(units), units[0].place, reason)
             continue
         groups: dict[Any, list[Unit]] = {}
         for unit in units:
             groups.setdefault(unit.key, []).append(unit)
         for alike in groups.values():
             if len(alike) >= FEWEST:
-                name = NAME.format(sum(1 for n, _ in module.named_children() if n.startswith(NAME.format(""))))
+                name = NAME.format(sum(n.startswith(NAME.format("")) for n, _ in module.named_children()))
                 setattr(module, name, alike[0].graph(module))
                 for unit in alike:
                     _call(module.graph, name, unit)
                 count += len(alike)
+                log.debug("mst: %d layers are calls of one graph, the first at %s", len(alike), alike[0].place)
     if count:
         module.graph.lint()
         module.recompile()
-        log.debug("mst: %d layers are compiled as calls of one graph per kind", count)
     return count
+
+
+# -- what repeats --------------------------------------------------------------------------------------
+
+
+def _repeats(nodes: Sequence[fx.Node]) -> Iterator[list[Unit]]:
+    """Yield every sequence of repeats with a chunked region in it, the longest of a stretch of nodes first.
+
+    A sequence may be divided at any node; it is where the fewest values go from one repeat to the next.
+    """
+    ours = [*itertools.accumulate(map(_is_chunked, nodes), initial=0)]
+    runs = [(start, period, n) for start, period, n in _runs(_shapes(nodes)) if ours[start + period] > ours[start]]
+    if not runs:
+        return
+    start, period, length = max(runs, key=lambda run: run[2] // run[1] * run[1])
+
+    def divided(shift: int) -> list[Unit]:
+        starts = range(start + shift, start + length - period + 1, period)
+        return [Unit.of(nodes[i : i + period]) for i in starts]
+
+    def cost(units: Sequence[Unit]) -> tuple[int, int, int]:
+        lists = sum(not isinstance(fake(n), torch.Tensor) for u in units for n in (*u.inputs, *u.outputs))
+        return lists, max(len(unit.outputs) for unit in units), -len(units)
+
+    ways = [units for shift in range(period) if len(units := divided(shift)) >= FEWEST]
+    yield min(ways, key=cost)
+    yield from _repeats(nodes[:start])
+    yield from _repeats(nodes[start + length :])
+
+
+def _runs(shapes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield where a sequence is a repeated one: start, period, and how many items from the start on are in it."""
+    seen: dict[int, int] = {}
+    periods = set()
+    for i, shape in enumerate(shapes):
+        periods.add(i - seen.get(shape, i))
+        seen[shape] = i
+    for period in sorted(periods - {0}):
+        start = 0
+        for same, group in itertools.groupby(a == b for a, b in zip(shapes, shapes[period:], strict=False)):
+            length = sum(1 for _ in group)
+            if same and length + period >= FEWEST * period:
+                yield start, period, length + period
+            start += length
+
+
+def _shapes(nodes: Sequence[fx.Node]) -> list[int]:
+    """Number nodes by what they call with what constants, whatever values they read."""
+    numbers: dict[Any, int] = {}
+    found = []
+    for node in nodes:
+        arguments = repr(fx.map_arg((node.args, node.kwargs), lambda n: _block(n) or "value"))
+        found.append(numbers.setdefault((node.op, node.target, arguments), len(numbers)))
+    return found
+
+
+def _is_chunked(node: fx.Node) -> bool:
+    inner = _block_graph(node.args[0]) if node.target is CHECKPOINT else None  # pyright: ignore[reportArgumentType]
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mst_fx"
+    return ours or (inner is not None and any(map(_is_chunked, inner.graph.nodes)))
 
 
 def _call(graph: fx.Graph, name: str, unit: Unit) -> None:
@@ -129,20 +231,18 @@ def _call(graph: fx.Graph, name: str, unit: Unit) -> None:
         graph.erase_node(node)
 
 
-def _described(value: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
-
-
 # -- what must not be shared ---------------------------------------------------------------------------
 
 
 def _reason_against(module: fx.GraphModule, units: Sequence[Unit]) -> str | None:
     """Return why units may not become calls of one graph, None if they may."""
     place = {n: i for i, n in enumerate(module.graph.nodes)}
-    if any(getattr(n.target, "__name__", "") in ("grad", "backward") for n in place):
+    if any(node_name(n) in ("grad", "backward") for n in place):
         return "the graph computes gradients itself"
-    among = [*place][place[units[0].nodes[0]] : place[units[-1].nodes[-1]]]
-    if any(is_autocast_switch(n) or getattr(n.target, "__name__", "") in _SWITCHES for n in among):
+    if open_autocasts(units[0].nodes[0]):
+        return "they are within an autocast of the graph"
+    among = [*place][min(place[n] for n in units[0].nodes) : place[units[-1].nodes[-1]]]
+    if any(map(_switches, among)):
         return "a mode is switched among them"
     for unit in units:
         values = [fake(n) for n in (*unit.inputs, *unit.outputs)]
@@ -150,26 +250,43 @@ def _reason_against(module: fx.GraphModule, units: Sequence[Unit]) -> str | None
             return "not all that goes in and comes out is a plain tensor"
         if not all(isinstance(n, int) for v in values for n in (*v.shape, *v.stride())):
             return "sizes are symbolic"
-        if any(is_in_place(n) or isinstance(n.target, torch._ops.HigherOrderOperator) for n in unit.nodes):
-            return "a value is changed in place, or a node has a graph of its own"
         inside, outside = [storages(n) for n in unit.outputs], set[int]().union(*map(storages, unit.inputs))
         if not unit.outputs or len(set[int]().union(*inside)) < len(inside) or any(s & outside for s in inside):
             return "what comes out shares memory with something else"
         readers = (u for n in unit.outputs for u in n.users if u not in unit.nodes)
         if any(place[u] < place[unit.nodes[-1]] for u in readers):
             return "a value is read before the last of its layer is computed"
-    return _draws_or_writes(units[0])
+    mode = fake_mode_of([fake(n) for n in units[0].inputs])
+    return _reason_within(units[0].nodes, mode)
 
 
-_SWITCHES = {"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+def _switches(node: fx.Node) -> bool:
+    return is_autocast_switch(node) or node_name(node) in (
+        "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"
+    )  # fmt: skip
 
 
-def _draws_or_writes(unit: Unit) -> str | None:
-    """Run a unit on its fake inputs and say what in it must not be shared."""
-    with _Watch() as watch:
-        for node in unit.nodes:
-            run_on_fakes(node, fake_mode_of([fake(n) for n in unit.inputs]))
-    return watch.found
+def _reason_within(nodes: Sequence[fx.Node], mode: Any) -> str | None:
+    """Run nodes on their fake inputs and return what in them keeps a graph of theirs from being shared."""
+    for node in nodes:
+        inner = _block_graph(node)
+        if inner is not None:
+            if "_checkpoint_context_fn" in inner.meta:
+                return f"{node.name} has a policy of what to recompute"
+            found = _reason_within([n for n in inner.graph.nodes if n.op not in ("placeholder", "output")], mode)
+            if found:
+                return found
+        elif is_in_place(node) or _switches(node):
+            return f"{node.name} changes a value or a mode"
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            if node.target is not CHECKPOINT:
+                return f"{node.name} has a graph of its own"
+        elif node.op != "get_attr" and not any(u.target is CHECKPOINT for u in node.all_input_nodes):
+            with _Watch() as watch:
+                run_on_fakes(node, mode)
+            if watch.found:
+                return watch.found
+    return None
 
 
 class _Watch(TorchDispatchMode):

@@ -1,0 +1,288 @@
+"""Equal layers compiled as calls of one graph: same numbers, less to compile, and what must not be shared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from mst_fx import layers
+from tests.harness import EAGER, check_exact, error
+from tests.models import hf, hf_inputs
+
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers share a graph on torch >= 2.13")
+
+LAYERS = 3
+H, I = 16, 48  # noqa: E741
+OPTIONS = {"mst.chunk_tokens": 8}
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many layers each graph compiled from here on had replaced."""
+    counts: list[int] = []
+    real = layers.share_layers
+
+    def count(module: Any) -> int:
+        counts.append(real(module))
+        return counts[-1]
+
+    monkeypatch.setattr("mst_fx.backend.share_layers", count)
+    return counts
+
+
+class Layers(nn.Module):
+    """Some layers, each an MLP with a residual and whatever ``extra`` does, under a loss."""
+
+    def __init__(self, extra: Callable[[torch.Tensor], torch.Tensor], count: int = LAYERS, wrapped: Any = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(extra) for _ in range(count))
+        self.wrapped = wrapped or (lambda layer, x: layer(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = self.wrapped(layer, x)
+        return x.cumsum(1).square().mean()
+
+
+class Layer(nn.Module):
+    def __init__(self, extra: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.mix = nn.Linear(H, H)
+        self.mlp = mlp()
+        self.extra = extra
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.extra(self.mix(x).cumsum(1))
+        return x + self.mlp(x)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(H, I), nn.GELU(), nn.Linear(I, H))
+
+
+def tokens(requires_grad: bool = False) -> dict[str, Any]:
+    return {"x": torch.randn(2, 23, H, requires_grad=requires_grad)}
+
+
+# -- shared ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_models_are_exact(name: str, checkpointing: bool, shared: list[int]) -> None:
+    """Alternating layers share in pairs."""
+    torch.manual_seed(0)
+    more = {} if name == "gpt2" else {"num_hidden_layers": 4}
+    model = hf(name, **more)
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # pyright: ignore
+    check_exact(model, hf_inputs(name), options={**OPTIONS, **EAGER})
+    assert sum(shared) >= 2, shared
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_same_bits_as_apart(compiler: str, checkpointing: bool, shared: list[int]) -> None:
+    torch.manual_seed(0)
+    model = hf("llama", num_hidden_layers=LAYERS)
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # pyright: ignore
+    inputs = hf_inputs("llama")
+    found = []
+    for share in (True, False):
+        torch._dynamo.reset()
+        model.zero_grad()
+        options = {**OPTIONS, "mst.compiler": compiler, "mst.share_layers": share}
+        loss = torch.compile(model, backend="mst", options=options)(**inputs).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert shared == [LAYERS]
+    # Inductor fuses norms at the seam of two layers otherwise, which orders a sum differently.
+    within = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {"rtol": 1e-5, "atol": 1e-6}
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, **within)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_under_autocast(autocast: bool, shared: list[int]) -> None:
+    torch.manual_seed(0)
+    check_exact(hf("llama", num_hidden_layers=LAYERS), hf_inputs("llama"), options={**OPTIONS, **EAGER},
+                autocast=autocast)  # fmt: skip
+    assert shared == [LAYERS]
+
+
+def test_only_layers_alike_share(shared: list[int]) -> None:
+    """A frozen input makes the first layer another one, frozen weights the second: their backwards differ."""
+    torch.manual_seed(0)
+    model = Layers(torch.tanh, 5)
+    model.layers[1].requires_grad_(False)
+    check_exact(model, tokens(), options={**OPTIONS, **EAGER})
+    assert shared == [3]
+
+
+def test_every_layer_has_its_own_weights_and_gradients(shared: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Layers(torch.tanh)
+    for i, layer in enumerate(model.layers):
+        for p in layer.parameters():
+            p.data.mul_(1 + i)
+    check_exact(model, tokens(requires_grad=True), options={**OPTIONS, **EAGER})
+    assert shared == [LAYERS]
+
+
+def test_layers_of_one_weight(shared: list[int]) -> None:
+    """A model that runs one layer several times: its gradient is the sum of all calls."""
+    torch.manual_seed(0)
+    model = Layers(torch.tanh)
+    for i in range(1, LAYERS):
+        model.layers[i] = model.layers[0]
+    check_exact(model, tokens(requires_grad=True), options={**OPTIONS, **EAGER})
+
+
+def test_unread_outputs_and_many_readers(shared: list[int]) -> None:
+    """Hidden states of every layer are returned and used in the loss."""
+
+    class Deep(Layers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+            states = []
+            for layer in self.layers:
+                x = layer(x)
+                states.append(x)
+            return torch.stack([s.square().mean() * (i + 1) for i, s in enumerate(states)]).sum()
+
+    torch.manual_seed(0)
+    check_exact(Deep(torch.tanh), tokens(requires_grad=True), options={**OPTIONS, **EAGER})
+
+
+# -- left alone --------------------------------------------------------------------------------------
+
+REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "writes into a value": lambda x: x.copy_(x * 2),
+    "draws": lambda x: x + 0 * torch.rand_like(x),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, shared: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Layers(REFUSED[name])
+    fn = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})
+    fn(**tokens(requires_grad=True)).backward()
+    assert shared == [0]
+
+
+def test_masks_of_layers_differ(shared: list[int]) -> None:
+    """Were dropout shared with one seed, every layer would drop the same places."""
+    model = Layers(lambda x: F.dropout(torch.ones_like(x) + 0 * x, 0.5), 2, lambda layer, x: x + layer.extra(x))
+
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+            self.mlp = mlp()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            masks = [layer.extra(x) for layer in self.inner.layers]
+            return masks, self.mlp(x).mean()
+
+    masks, _ = torch.compile(Masks(), backend="mst", options={**OPTIONS, **EAGER})(torch.randn(2, 23, H))
+    assert not torch.equal(*masks)
+
+
+def test_batch_norm_keeps_its_running_values(shared: list[int]) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(H)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    model = Layers(torch.tanh)
+    for layer in model.layers:
+        layer.extra = Normed()
+    plain = copy.deepcopy(model)
+    inputs = tokens()
+    torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})(**inputs).backward()
+    plain(**inputs).backward()
+    assert shared == [0]
+    for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def contexts() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+
+def test_selective_checkpointing_keeps_its_policy(shared: list[int]) -> None:
+    def wrapped(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(layer, x, use_reentrant=False, context_fn=contexts)  # pyright: ignore
+
+    torch.manual_seed(0)
+    check_exact(Layers(torch.tanh, wrapped=wrapped), tokens(), options={**OPTIONS, **EAGER})
+    assert sum(shared) == 0
+
+
+@pytest.mark.parametrize("options", [{"triton.cudagraphs": True}, {"cpp_wrapper": True}, {"mst.share_layers": False}])
+def test_not_where_it_is_of_no_use(options: dict[str, Any], shared: list[int]) -> None:
+    from mst_fx.config import Config
+    from mst_fx.inductor import shares_layers
+
+    config = Config.parse(options)
+    assert not (config.share_layers and shares_layers(config.compiler, dict(config.inductor)))
+
+
+def test_another_length_is_compiled_apart(shared: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Layers(torch.tanh)
+    plain = copy.deepcopy(model)
+    fn = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})
+    for length in (23, 31, 47):
+        x = torch.randn(2, length, H, requires_grad=True)
+        for m in (model, plain):
+            m.zero_grad()
+        fn(x).backward()
+        plain(x).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert error(ours.grad, theirs.grad) < 1e-5, name
+    assert shared == [LAYERS, 0]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[int]) -> None:
+    """Entered within the graph, it would be the default's in a shared backward: 1.8 times the error here."""
+
+    class Cast(Layers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.float16):
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Cast(torch.tanh)
+    inputs, found = tokens(requires_grad=True), []
+    for share in (True, False):
+        torch._dynamo.reset()
+        model.zero_grad()
+        fn = torch.compile(
+            model if within else super(Cast, model).forward,
+            backend="mst",
+            options={**OPTIONS, **EAGER, "mst.share_layers": share},
+        )
+        with torch.autocast("cpu", torch.float16, enabled=not within):
+            loss = fn(**inputs)
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert shared == [0 if within else LAYERS]
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=0, atol=0)
