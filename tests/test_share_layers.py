@@ -286,3 +286,21 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
     assert shared == [0 if within else LAYERS]
     for together, apart in zip(*found, strict=True):
         torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+def test_caches_know_what_is_within_a_layer() -> None:
+    """Two models whose outer graphs are alike, on one cache folder; only what their layers call differs."""
+    for extra in (torch.tanh, torch.sin):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        check_exact(Layers(extra, 2), tokens(requires_grad=True), options=OPTIONS, compiler="inductor")
+
+
+def test_evaluation(shared: list[int]) -> None:
+    torch.manual_seed(0)
+    model = hf("llama", num_hidden_layers=LAYERS).eval()
+    inputs = hf_inputs("llama")
+    with torch.no_grad():
+        loss = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})(**inputs).loss
+        torch.testing.assert_close(loss, model(**inputs).loss)
+    assert shared == [LAYERS]
