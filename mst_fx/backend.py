@@ -90,11 +90,11 @@ def _compile(
     module, report, logits = run_passes(gm, config, only)
     if piece:
         report = dataclasses.replace(report, notes=(*report.notes, _PIECE))
-    chunked = bool(report.chunked)
-    if chunked and config.share_layers and not (piece or buckets.cutting()):
-        if inductor.shares_layers(config.compiler, dict(config.inductor)):
-            share_layers(module)
-    compiled = buckets.compile_graph(module, example_inputs, config.compiler, dict(config.inductor), chunked)
+    chunked, options = bool(report.chunked), dict(config.inductor)
+    whole = not (piece or buckets.cutting())
+    if chunked and whole and config.share_layers and inductor.shares_layers(config.compiler, options):
+        share_layers(module)
+    compiled = buckets.compile_graph(module, example_inputs, config.compiler, options, chunked)
     return compiled, report, logits
 
 
@@ -126,7 +126,7 @@ def check_torch() -> None:
         OptionError: If torch is older than the oldest supported version.
     """
     oldest = inductor.MINIMUM_TORCH
-    if tuple(map(int, torch.__version__.split(".")[:2])) < oldest:
+    if inductor.torch_version() < oldest:
         wanted = ".".join(map(str, oldest))
         raise OptionError(f"backend 'mst' needs torch {wanted} or newer, this is {torch.__version__}")
 

@@ -202,6 +202,14 @@ def _parameters(function: Any) -> tuple[str, ...]:
         return ()
 
 
+def is_grad_switch(node: fx.Node) -> bool:
+    """Whether a node switches the grad mode or the inference mode."""
+    return node_name(node) in (_SET_GRAD, *_INFERENCE)
+
+
+_SET_GRAD, _INFERENCE = "_set_grad_enabled", ("_enter_inference_mode", "_exit_inference_mode")
+
+
 def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """Return for every node which grad-mode switches are in force there; equal states are equal modes."""
     states: dict[fx.Node, Any] = {}
@@ -209,10 +217,10 @@ def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
     inference = 0
     for node in module.graph.nodes:
         name = getattr(node.target, "__name__", "")
-        if name == "_set_grad_enabled":
+        if name == _SET_GRAD:
             mode = node.args[0]
-        elif name in ("_enter_inference_mode", "_exit_inference_mode"):
-            inference += 1 if name.startswith("_enter") else -1
+        elif name in _INFERENCE:
+            inference += 1 if name == _INFERENCE[0] else -1
         states[node] = (mode is not False, inference)
     return states
 
@@ -221,8 +229,7 @@ def storages(node: fx.Node) -> set[int]:
     """Return the identities of the storages behind a node's fake value."""
     found = []
     fx.map_arg((node,), lambda n: found.append(fake(n)))
-    tensors = [t for v in found for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, torch.Tensor)]
-    return {storage_of(t) for t in tensors if t.layout is torch.strided}
+    return {storage_of(t) for v in found for t in tensors_in(v) if t.layout is torch.strided}
 
 
 def mutated_storages(node: fx.Node) -> set[int]:

@@ -48,7 +48,7 @@ __all__ = [
     "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "breaks_so_far", "compile_body", "compile_graph",
     "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "graph_break", "is_piece",
     "keep_source", "mode_options", "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of",
-    "symbolic_inputs", "symbolic_sizes", "trace_artifact", "tracing_in_mode_of", "without_modes",
+    "symbolic_inputs", "symbolic_sizes", "torch_version", "trace_artifact", "tracing_in_mode_of", "without_modes",
 ]  # fmt: skip
 
 MINIMUM_TORCH = (2, 11)
@@ -91,9 +91,14 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in [*values, *inner] if isinstance(v, FakeTensor)), None)
 
 
+def torch_version() -> tuple[int, ...]:
+    """Return torch's major and minor version."""
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 def shares_layers(compiler: str, options: Mapping[str, Any]) -> bool:
     """Whether what compiles a graph lowers one called several times once, and with all it can do elsewhere."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # where AOTAutograd's pairing of them was tested
+    if torch_version() < (2, 13):  # where AOTAutograd's pairing of them was tested
         return False
     settings = {**inductor_config.get_config_copy(), **options}
     return compiler == "aot_eager" or not (settings["cpp_wrapper"] or settings["triton.cudagraphs"])

@@ -31,6 +31,7 @@ from mst_fx.graph import (
     CHECKPOINT,
     fake,
     is_autocast_switch,
+    is_grad_switch,
     is_in_place,
     node_name,
     open_autocasts,
@@ -261,9 +262,7 @@ def _reason_against(module: fx.GraphModule, units: Sequence[Unit]) -> str | None
 
 
 def _switches(node: fx.Node) -> bool:
-    return is_autocast_switch(node) or node_name(node) in (
-        "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"
-    )  # fmt: skip
+    return is_autocast_switch(node) or is_grad_switch(node)
 
 
 def _reason_within(nodes: Sequence[fx.Node], mode: Any) -> str | None:
