@@ -6,7 +6,7 @@
 ``head``, ``mlp`` and ``model`` first compare the gradients of a smaller work with fp64, then ask ``mst-fx bench``.
 ``longest`` looks for the longest sequence that trains in 80 GB (or ``--gigabytes``; 0 for the whole card) with
 checkpointing and AdamW stepped inside the backward, compiled by layer: S doubles until memory runs out, then the gap
-is halved twice.
+is halved twice. ``--lengths 8192,65536`` measures these instead, system by system.
 Rows are saved as ``benchmarks/results/gpu-QUESTION.json``.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from mst_fx.models import UsageError
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = 8.0
+STEPS = 3
 OUT_OF_MEMORY = "out of memory"
 TINY: dict[str, dict[str, Any]] = {
     "head": {"tokens": 512, "hidden": 64, "vocab": 2000},
@@ -58,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     found.add_argument("--gigabytes", type=float, default=80.0)
     found.add_argument("--minutes", type=float, default=MINUTES)
+    found.add_argument("--steps", type=int, default=STEPS, help="timed steps of every system, the first not counted")
+    found.add_argument("--no-check", action="store_true", help="do not compare gradients with fp64 first")
+    found.add_argument("--start", type=int, help="longest: the first length tried")
+    found.add_argument("--lengths", help="longest: comma-separated, instead of the search")
     found.add_argument("--systems", help="comma-separated; longest: mst,inductor, the first gets most of the time")
     found.add_argument("--trial", help=argparse.SUPPRESS)
     return found
@@ -86,10 +92,10 @@ def measure(args: argparse.Namespace) -> int:
     given = args.systems or ("inductor,mst" if name == "model" else "")
     question = Question(
         name, args.device, "bfloat16", None if args.tiny else "llama3-8b", tuple(given.split(",")) if given else (),
-        TINY[name] if args.tiny else {}, {"chunk_tokens": 128} if args.tiny else {},
+        TINY[name] if args.tiny else {}, {"chunk_tokens": 128} if args.tiny else {}, steps=args.steps,
     )  # fmt: skip
     plan(question)  # mistakes are told before anything runs
-    good, told = _check(args)
+    good, told = (True, "gradients not checked") if args.no_check else _check(args)
     question = dataclasses.replace(question, minutes=args.minutes - (time.monotonic() - started) / 60)
     rows = ask(question, lambda label, i, n: sys.stderr.write(f"{i} of {n}: {label}\n"))
     save_rows(RESULTS / f"gpu-{name}{'-tiny' if args.tiny else ''}.json", question, rows)
@@ -125,35 +131,63 @@ def _check(args: argparse.Namespace) -> tuple[bool, str]:
 
 
 def longest(args: argparse.Namespace) -> int:
-    """Find the longest sequence of each system; the first gets most of the time."""
+    """Find the longest sequence of each system, or measure the lengths asked for."""
     rows: list[dict[str, Any]] = []
     systems = (args.systems or "mst,inductor").split(",")
     if not {"mst", "inductor"}.issuperset(systems):
         raise UsageError(f"--systems {args.systems}: mst, inductor or both for longest")
+    path = RESULTS / f"gpu-{'lengths' if args.lengths else 'longest'}{'-tiny' if args.tiny else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+
+    def tried(system: str, length: int, until: float) -> dict[str, Any]:
+        row = _trial_apart(args, system, length, until - time.monotonic() + GRACE_SECONDS)
+        told = row.get("reason") or f"{row['step_s']:.1f} s, {row['peak_gb']:.1f} GB"
+        sys.stderr.write(f"{system} at S {length}: {told}\n")
+        rows.append(row)
+        path.write_text(json.dumps({"gigabytes": args.gigabytes, "rows": rows}, indent=1) + "\n")
+        return row
+
+    if args.lengths:
+        for length in map(int, args.lengths.split(",")):
+            for system in systems:
+                tried(system, length, started + 60 * args.minutes)
+        return _show_lengths(rows)
     for i, system in enumerate(systems):
         until = started + 60 * args.minutes * (0.7 if i == 0 and len(systems) > 1 else 1)
-        good, bad, length, halvings = 0, 0, 256 if args.tiny else 16384, 0
-        while time.monotonic() < until and halvings < 3:
-            row = _trial_apart(args, system, length, until - time.monotonic() + GRACE_SECONDS)
-            told = row.get("reason") or f"{row['step_s']:.1f} s"
-            sys.stderr.write(f"{system} at S {length}: {told}\n")
-            rows.append(row)
-            if row.get("reason", OUT_OF_MEMORY) != OUT_OF_MEMORY:
-                break
-            good, bad = (good, length) if "reason" in row else (length, bad)
-            halvings += bool(bad)
-            length = 2 * length if not bad else (good + bad) // 2 // 256 * 256
-            if length in (good, 0) or (args.tiny and length > 1024):
-                break
+        _search(args, system, until, tried)
     shown = Table("system", "longest S that trained", "shortest that did not", "s a step there", "peak GB")
     for system in systems:
         shown.add_row(system, *_longest_of([r for r in rows if r["system"] == system]))
-    path = RESULTS / f"gpu-longest{'-tiny' if args.tiny else ''}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"gigabytes": args.gigabytes, "rows": rows}, indent=1) + "\n")
     Console(width=130).print(shown)
     return 0 if any("reason" not in r for r in rows) else 1
+
+
+def _search(
+    args: argparse.Namespace, system: str, until: float, tried: Callable[[str, int, float], dict[str, Any]]
+) -> None:
+    good, bad, halvings = 0, 0, 0
+    length = args.start or (256 if args.tiny else 16384)
+    while time.monotonic() < until and halvings < 3:
+        reason = tried(system, length, until).get("reason")
+        if reason not in (None, OUT_OF_MEMORY):
+            return
+        good, bad = (good, length) if reason else (length, bad)
+        halvings += bool(bad)
+        length = 2 * length if not bad else (good + bad) // 2 // 256 * 256
+        if length in (good, 0) or (args.tiny and length > 1024):
+            return
+
+
+def _show_lengths(rows: list[dict[str, Any]]) -> int:
+    shown = Table("system", "S", "s a step", "tokens/s", "peak GB", "first step s")
+    for row in rows:
+        told = [row["reason"]] if "reason" in row else [
+            f"{row['step_s']:.2f}", f"{row['tokens_per_s']:.0f}", f"{row['peak_gb']:.1f}", f"{row['first_s']:.0f}"
+        ]  # fmt: skip
+        shown.add_row(row["system"], str(row["seq_len"]), *told)
+    Console(width=130).print(shown)
+    return 1 if any("reason" in r for r in rows) else 0
 
 
 def _longest_of(rows: list[dict[str, Any]]) -> tuple[str, str, str, str]:
@@ -168,8 +202,10 @@ def _longest_of(rows: list[dict[str, Any]]) -> tuple[str, str, str, str]:
 
 def _trial_apart(args: argparse.Namespace, system: str, length: int, seconds: float) -> dict[str, Any]:
     tiny = ["--tiny"] if args.tiny else []
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "longest", "--device", args.device, *tiny,
-               "--gigabytes", str(args.gigabytes), "--trial", f"{system}:{length}"]  # fmt: skip
+    command = [
+        sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "longest", "--device", args.device, *tiny,
+        "--gigabytes", str(args.gigabytes), "--steps", str(args.steps), "--trial", f"{system}:{length}",
+    ]  # fmt: skip
     named = {"system": system, "seq_len": length}
     try:
         done = subprocess.run(
@@ -217,7 +253,7 @@ def by_layer(model: Any, system: str, options: dict[str, Any]) -> Callable[..., 
 
 
 def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
-    """Run two training steps at one length; AdamW steps each weight as soon as its gradient is there."""
+    """Run training steps at one length; AdamW steps each weight as soon as its gradient is there."""
     cuda = args.device == "cuda"
     if cuda and args.gigabytes:
         torch.cuda.set_per_process_memory_fraction(
@@ -229,6 +265,11 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
     work = WORKS["llama"](**shapes, dtype=torch.bfloat16, device=args.device)
     optimizers = {p: torch.optim.AdamW([p], lr=1e-5, foreach=False, fused=cuda) for p in work.module.parameters()}
 
+    for parameter, optimizer in optimizers.items():  # its state is there from the first step on, so that one tells
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        parameter.grad = None
+
     def step_now(parameter: torch.Tensor) -> None:
         optimizers[parameter].step()
         parameter.grad = None
@@ -237,15 +278,22 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
         parameter.register_post_accumulate_grad_hook(step_now)
     torch._dynamo.config.recompile_limit = 64
     fn = by_layer(work.module, system, {"chunk_tokens": 128} if args.tiny else {})
-    first, step = (timed_step(work, fn, args.device) for _ in range(2))
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    first = timed_step(work, fn, args.device)
+    times = [timed_step(work, fn, args.device) for _ in range(args.steps)]
+    step = statistics.median(times or [first])
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     kinds = sorted(
         region.kind for report in mst_fx.reports() for region in report.regions if region.status == "chunked"
     )
-    return {"system": system, "seq_len": length, "first_s": first, "step_s": step, "tokens_per_s": length / step,
-            "peak_gb": peak / 1e9, "reserved_gb": (torch.cuda.max_memory_reserved() if cuda else 0) / 1e9,
-            "chunked": kinds, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-            "shapes": shapes, "device": device_name(args.device), "versions": versions()}  # fmt: skip
+    return {
+        "system": system, "seq_len": length, "first_s": first, "step_s": step, "steps_s": times,
+        "tokens_per_s": length / step, "peak_gb": peak / 1e9,
+        "reserved_gb": (torch.cuda.max_memory_reserved() if cuda else 0) / 1e9, "chunked": kinds,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shapes": shapes,
+        "device": device_name(args.device), "versions": versions(),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

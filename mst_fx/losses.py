@@ -212,6 +212,12 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 # -- what a sum is divided by ------------------------------------------------------------------------
 
 
+def is_divided(total: Total | None) -> bool:
+    """Whether the sum over tokens is divided by something."""
+    by_batch = isinstance(total, ValueSum) and total.batch is not None
+    return total is not None and (total.reduction == "mean" or by_batch)
+
+
 def read_by_count(total: Total | None) -> list[fx.Node]:
     """Return the nodes that ``count`` reads."""
     if not isinstance(total, LossCall) or total.reduction != "mean" or total.soft:

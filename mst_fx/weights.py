@@ -3,7 +3,8 @@
     ce = total 1 / count; z = total 2 / T; loss = ce + 1e-3 * z + aux
  -> w = 1 / count; rows = ce rows * w + z rows * 1e-3 / T; loss = mst_fx.sum(rows) + aux
 
-The weights are computed in front of the scalar, from what is there anyway: counts, masks, factors.
+The weights are computed in front of the scalar, from what is there anyway: counts, masks, factors. A mean alone
+has one too: gradients that were rounded to bf16 before they are divided would be rounded twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import fx
 
 from mst_fx.graph import fake_tensor, mutated_storages, ndim, storages
 from mst_fx.lift import Lifted, Output, finish_lift
-from mst_fx.losses import LossCall, ValueSum, count, none_counts, sum_dtype
+from mst_fx.losses import LossCall, ValueSum, count, is_divided, none_counts, sum_dtype
 from mst_fx.region import region_key
 from mst_fx.report import Mismatch
 from mst_fx.rewrite import erase_dead, find_place, size_of, token_count
@@ -43,8 +44,9 @@ def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
     dead = scalar.dead
     try:
         main = tail.totals.get(scalar.node)
-        if main is None:
-            main, dead = _combine(tail, scalar, lifted, fake_mode), (*dead, scalar.node)
+        if main is None or is_divided(main.total):
+            dead = dead if scalar.node in region.nodes else (*dead, scalar.node)
+            main = _combine(tail, scalar, lifted, fake_mode)
         summed = finish_lift(lifted.lifter, [main, *(known.get(n) or Output(n, tail.rows[n]) for n in scalar.extras)])
     except MixesTokensError:
         summed = None
@@ -166,7 +168,8 @@ class _Writer:
         if isinstance(value, fx.Node):
             return self._call(torch.div, value, by)
         if isinstance(by, fx.Node):
-            return self._call(torch.mul, self._call(torch.reciprocal, self._as_tensor(by)), value)
+            inverse = self._call(torch.reciprocal, self._as_tensor(by))
+            return inverse if value == 1.0 else self._call(torch.mul, inverse, value)
         return value / by if by else value * float("inf")
 
     def _as_tensor(self, value: fx.Node) -> fx.Node:

@@ -13,6 +13,8 @@ import torch
 import mst_fx
 
 EAGER = {"mst.compiler": "aot_eager"}
+DEVICE = torch.get_default_device().type
+"""Of tensors that name none; see ``--device``."""
 
 
 @dataclasses.dataclass
@@ -40,7 +42,7 @@ def step(model: torch.nn.Module, inputs: dict[str, Any], compile_with: dict[str,
     model.zero_grad(set_to_none=True)
     before = len(mst_fx.reports())
     fn: Callable[..., Any] = model if compile_with is None else torch.compile(model, **compile_with)
-    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    context = torch.autocast(DEVICE, torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:
         output = fn(**inputs)
     loss = loss_of(output)

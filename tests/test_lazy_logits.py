@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mst_fx.lazy_logits import LazyLogits
-from tests.harness import EAGER, check_exact, chunked
+from tests.harness import DEVICE, EAGER, check_exact, chunked
 from tests.models import hf, hf_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
@@ -217,7 +217,7 @@ def test_softcapped_and_upcast_logits() -> None:
 
 def test_autocast() -> None:
     model, inputs = hf("llama"), hf_inputs("llama")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = model(**inputs).logits
         out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
     assert out.logits.dtype == expected.dtype

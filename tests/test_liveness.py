@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx.measure import MALLOC_ENV
-from tests.harness import EAGER
+from tests.harness import DEVICE, EAGER
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
 T, H = 64, 32
@@ -75,7 +75,7 @@ def test_no_grad_has_no_backward() -> None:
 
 
 def test_autocast_around_the_function() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         report = mst_fx.explain(Chain(), EAGER)(torch.randn(T, H))
     assert "bfloat16" in " ".join(m.text for m in report.timelines()[0][0].moments)
 

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 import mst_fx
-from tests.harness import EAGER, check_exact, chunked
+from tests.harness import DEVICE, EAGER, check_exact, chunked
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
 AUTOCAST: dict[str, Callable[[], Any]] = {
     "off": contextlib.nullcontext,
-    "bf16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "fp16": lambda: torch.autocast("cpu", torch.float16),
-    "disabled": lambda: torch.autocast("cpu", enabled=False),
+    "bf16": lambda: torch.autocast(DEVICE, torch.bfloat16),
+    "fp16": lambda: torch.autocast(DEVICE, torch.float16),
+    "disabled": lambda: torch.autocast(DEVICE, enabled=False),
 }
 
 
@@ -85,7 +85,7 @@ def test_autocast_inside_and_around(ambient: str, inside: tuple[str, str]) -> No
 
 def test_region_under_a_disabled_part_is_full_precision() -> None:
     model, inputs = Inside("disabled", "disabled"), token_inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
     assert len(mst_fx.reports()[-1].chunked) == 2
     assert "bfloat16" not in dtypes_of(mst_fx.reports()[-1])
@@ -124,12 +124,12 @@ def test_overflowing_steps_are_skipped_alike() -> None:
         model = LanguageModel(SwiGLU())
         model.load_state_dict(start)
         fn = torch.compile(model, backend="mst", options=OPTIONS) if compile_it else model
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**24, growth_interval=2)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         scales = []
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.float16):
+            with torch.autocast(DEVICE, torch.float16):
                 loss = fn(**batch)
             scaler.scale(loss).backward()
             scaler.step(optimizer)

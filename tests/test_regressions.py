@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from tests.harness import EAGER, check_exact, chunked, error, step
+from tests.harness import DEVICE, EAGER, check_exact, chunked, error, step
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
 SMALL = {"mst.chunk_tokens": 8, **EAGER}
@@ -110,9 +110,9 @@ def no_grad_teacher(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 def two_autocast_states(s: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=False):
         logits = s.head(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         return ce(logits[:, :-1], labels[:, 1:])
 
 

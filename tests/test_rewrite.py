@@ -56,16 +56,18 @@ def test_head_and_mean_loss() -> None:
         rewritten(fn, torch.randn(2, 23, 16), torch.randint(0, 61, (2, 23))),
         """\
 view_1: int64[46] = view(labels_, -1)
-flatten: float32[46, 16] = flatten(h_, 0, 1)
-sum_default: (float32[], float32[61, 16]) = mst_fx.sum([flatten, view_1], [weight_], BODY, chunk_tokens=8)
-getitem: float32[] = getitem(sum_default, 0)
 ne: bool[46] = ne(view_1, -100)
 sum_1: int64[] = sum(ne)
 eq: bool[] = eq(sum_1, 0)
 add: int64[] = add(sum_1, eq)
-div: float32[] = div(getitem, add)
-where: float32[] = where(eq, nan, div)
-return (where,)""",
+reciprocal: float32[] = reciprocal(add)
+where: float32[] = where(eq, nan, 0.0)
+flatten: float32[46, 16] = flatten(h_, 0, 1)
+sum_default: (float32[], float32[61, 16]) = mst_fx.sum([flatten, view_1], [weight_, reciprocal], BODY, chunk_tokens=8)
+getitem: float32[] = getitem(sum_default, 0)
+add_1: float32[] = add(getitem, where)
+to: float32[] = to(add_1, torch.float32)
+return (to,)""",
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mst_fx import layers
-from tests.harness import EAGER, check_exact, error
+from tests.harness import DEVICE, EAGER, check_exact, error
 from tests.models import hf, hf_inputs
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers share a graph on torch >= 2.13")
@@ -265,7 +265,7 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
 
     class Cast(Layers):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.float16):
+            with torch.autocast(DEVICE, torch.float16):
                 return super().forward(x)
 
     torch.manual_seed(0)
@@ -279,7 +279,7 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
             backend="mst",
             options={**OPTIONS, **EAGER, "mst.share_layers": share},
         )
-        with torch.autocast("cpu", torch.float16, enabled=not within):
+        with torch.autocast(DEVICE, torch.float16, enabled=not within):
             loss = fn(**inputs)
         loss.backward()
         found.append([p.grad for p in model.parameters()])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from tests.harness import EAGER, check_exact, chunked, reasons
+from tests.harness import DEVICE, EAGER, check_exact, chunked, reasons
 from tests.models import B, H, I, LanguageModel, S, SwiGLU, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
@@ -68,7 +68,7 @@ def test_experts_with_router_logits_are_exact(dynamic: bool) -> None:
 def test_autocast(inside: bool) -> None:
     class Cast(Model):
         def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
                 return super().forward(ids, labels)
 
     torch.manual_seed(3)
