@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import fx
 
 from mst_fx.inductor import storage_of, symbolic_sizes
 
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _PROMISE = str(pathlib.Path(__file__).with_name("promise.py"))
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 OWN_BACKWARD = torch.ops.higher_order.autograd_function_apply
@@ -74,7 +76,7 @@ def run_on_fakes(node: fx.Node, fake_mode: Any) -> Any:
 def source_of(node: fx.Node) -> str:
     """Return ``file:line`` of the user's code that made the node, "<unknown>" without a record."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in', node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if "/torch/nn/" not in f[0] and f[0] != _PROMISE] or frames
+    frames = [f for f in frames if not f[0].startswith(_TORCH) and f[0] != _PROMISE] or frames
     if frames:
         return f"{frames[-1][0]}:{frames[-1][1]}"
     modules = list((node.meta.get("nn_module_stack") or {}).values())

@@ -28,6 +28,17 @@ def test_explain_describes_every_region() -> None:
     assert mst_fx.reports() == []
 
 
+def test_the_source_of_a_region_is_the_users_under_a_default_device() -> None:
+    """With one set, every call passes through a function of torch's."""
+    before = torch.get_default_device()
+    torch.set_default_device("cpu")
+    try:
+        report = mst_fx.explain(LanguageModel(SwiGLU()), OPTIONS)(**token_inputs())
+    finally:
+        torch.set_default_device(before)
+    assert [r.source.split("/")[-1].partition(":")[0] for r in report.chunked] == ["models.py", "models.py"]
+
+
 def test_text_diff_dict_and_page(tmp_path: pathlib.Path) -> None:
     report = mst_fx.explain(LanguageModel(SwiGLU()), OPTIONS)(**token_inputs())
     diff = report.diff()
