@@ -11,14 +11,16 @@ Two forces pull at the chunk size ``C``:
 
 * bytes: a region takes ``accumulators + C * wide`` instead of ``T * wide``;
 * time: every chunk adds into each ``K x N`` accumulator once, which moves ``8 * K * N`` bytes (fp32) for a product of
-  ``2 * C * K * N`` FLOPs: a share ``t / C`` of that product's time, ``t = 4 * flops / bandwidth`` (about 660 tokens on
-  an H200, 50 to 100 on a CPU in fp32, twice that where it multiplies bf16). ``least_tokens`` keeps that share small,
-  and matrices large enough to be fast.
+  ``2 * C * K * N`` FLOPs: a share ``t / C`` of that product's time, ``t = 4 * flops / bandwidth`` (50 to 100 tokens on
+  a CPU in fp32, twice that where it multiplies bf16). ``least_tokens`` keeps that share small, and matrices large
+  enough to be fast. On an H100, bf16 weights with sums in fp32 take ``t`` of 1100 to 1250 tokens (Llama-3-8B's MLP of
+  65536 tokens in chunks of 4096 and 8192, its head of 8192 in chunks of 512 and 1024), with sums in bf16 about 600.
+  That product is a third of a head's time and some quarter of an MLP's: chunks of 4096 cost a tenth at most.
 
 ``auto`` lets a chunk cost about as much as what exists anyway, for less would save little:
 
     target = power of two nearest to (accumulators + T * narrow) / wide
-    C      = greatest power of two <= target, T / 2, MAX_CHUNK_TOKENS,
+    C      = greatest power of two <= target, T / 2, most_tokens,
              and such that accumulators + C * wide <= 3/4 T * wide and <= T * wide - MIN_SAVED_BYTES
 
 and leaves the region alone where that is below ``least_tokens``. Every bound grows with ``T``, so a longer
@@ -35,8 +37,11 @@ MIN_CHUNK_TOKENS = {
     "cpu": {"mlp": 1024, "loss": 256},
     "cpu, two bytes": {"mlp": 1024, "loss": 512},
     "gpu": {"mlp": 2048, "loss": 1024},
+    "gpu, wider sums": {"mlp": 4096, "loss": 4096},
 }
-MAX_CHUNK_TOKENS = 16384
+MAX_CHUNK_TOKENS = {"mlp": 16384, "loss": 16384}
+MAX_CHUNK_TOKENS_GPU = {"mlp": 16384, "loss": 4096}
+"""A head's sums are cast in the end, for which they take half as many bytes again: larger chunks would be the peak."""
 MIN_SAVED_BYTES = 8 * 2**20
 MOST_KEPT = 0.75
 
@@ -65,6 +70,7 @@ def plan_chunks(
     chunk_tokens: int | str,
     device: str = "cpu",
     itemsize: int = 4,
+    wider_sums: bool = False,
 ) -> ChunkPlan | str:
     """Plan a region of ``tokens`` rows, or say in one sentence why it is better left alone.
 
@@ -77,13 +83,14 @@ def plan_chunks(
         chunk_tokens: The user's ``mst.chunk_tokens``.
         device: "cpu", or anything else for a GPU.
         itemsize: Bytes of a number of the region's input.
+        wider_sums: Whether gradients are summed in a wider dtype than the weights'.
     """
     before = tokens * wide_bytes
     if not isinstance(chunk_tokens, str):
         if tokens <= chunk_tokens:
             return f"too small: {tokens} tokens fit in one chunk of {chunk_tokens}"
         return _plan(tokens, chunk_tokens, wide_bytes, accumulator_bytes)
-    least = least_tokens(kind, device, itemsize)
+    least = least_tokens(kind, device, itemsize, wider_sums)
     if tokens < 2 * least:
         return f"too small: {tokens} tokens are less than two chunks of {least}"
     room = min(MOST_KEPT * before, before - MIN_SAVED_BYTES) - accumulator_bytes
@@ -92,15 +99,20 @@ def plan_chunks(
         return f"not worthwhile: {format_bytes(before)} of wide values would become {format_bytes(after)}"
     anyway = (accumulator_bytes + tokens * narrow_bytes) / max(wide_bytes, 1)
     target = 2 ** round(math.log2(max(anyway, 1)))
-    most = min(tokens // 2, MAX_CHUNK_TOKENS, int(room // max(wide_bytes, 1)))
+    most = min(tokens // 2, most_tokens(kind, device), int(room // max(wide_bytes, 1)))
     size = max(least, min(target, most))
     return _plan(tokens, 1 << (size.bit_length() - 1), wide_bytes, accumulator_bytes)
 
 
-def least_tokens(kind: str, device: str, itemsize: int) -> int:
+def most_tokens(kind: str, device: str) -> int:
+    """Return the tokens of the largest chunk that ``auto`` makes."""
+    return (MAX_CHUNK_TOKENS if device == "cpu" else MAX_CHUNK_TOKENS_GPU)[kind]
+
+
+def least_tokens(kind: str, device: str, itemsize: int, wider_sums: bool = False) -> int:
     """Return the tokens of the smallest chunk that ``auto`` makes."""
     if device != "cpu":
-        return MIN_CHUNK_TOKENS["gpu"][kind]
+        return MIN_CHUNK_TOKENS["gpu, wider sums" if wider_sums else "gpu"][kind]
     return MIN_CHUNK_TOKENS["cpu" if itemsize > 2 else "cpu, two bytes"][kind]
 
 

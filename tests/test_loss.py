@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
+from mst_fx import chunking, ops, simplify
 from tests.harness import EAGER, check_exact, chunked, reasons
 
 T, H, V = 46, 16, 61
@@ -229,3 +230,36 @@ def test_labels_whose_weights_are_all_zero(ignored: bool, scale: float, gradient
     assert bool(found[0][1].isnan().all()) is not ignored  # type: ignore[union-attr]
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "ignored", "summed", "scaled", "impossible", "capped", "in bf16"])
+def test_losses_picked_in_a_pass_over_the_logits_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where gradients are written over the logits then."""
+    monkeypatch.setattr(ops, "BODIES", bodies := {})
+    monkeypatch.setattr(chunking, "BODIES", bodies)
+    picked: list[Any] = []
+    whole = simplify._pick
+    monkeypatch.setattr(simplify, "PICKED_APART", set())
+    monkeypatch.setattr(simplify, "_pick", lambda *given: picked.append(given) or whole(*given))
+
+    def impossible(logits: torch.Tensor, labels: torch.Tensor, _: Any) -> torch.Tensor:
+        """A label among classes that are switched off, of a token that does not count."""
+        off = torch.arange(V, device=logits.device) % 5 == 0
+        logits = logits.masked_fill(off, float("-inf"))
+        return F.cross_entropy(logits.flatten(0, -2), torch.where(labels % 5 == 0, -100, labels).flatten())
+
+    loss: Callable[..., torch.Tensor] = {
+        "summed": flat(reduction="sum"),
+        "scaled": lambda logits, labels, _: 3 * flat()(logits, labels, _) + 1,
+        "impossible": impossible,
+        "capped": capped,
+    }.get(name, flat())
+    model, given = Head(loss), inputs(ignored=1 if name == "ignored" else 7)
+    if name == "ignored":
+        given["labels"][0, :5] = 3
+    if name == "in bf16":
+        model, given["hidden"] = model.bfloat16(), given["hidden"].detach().bfloat16().requires_grad_()
+    for compiler in ("aot_eager", "inductor"):
+        ours = check_exact(model, given, compiler=compiler, options={"mst.loss_gradient": "forward"})
+        assert chunked(ours.report, "loss") == 1
+    assert picked

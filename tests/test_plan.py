@@ -11,7 +11,7 @@ import mst_fx
 from mst_fx import plan as plan_module
 from mst_fx import sums
 from mst_fx.bench.works import SwiGLU
-from mst_fx.plan import MAX_CHUNK_TOKENS, MIN_SAVED_BYTES, ChunkPlan, chunk_bounds, least_tokens, plan_chunks
+from mst_fx.plan import MIN_SAVED_BYTES, ChunkPlan, chunk_bounds, least_tokens, most_tokens, plan_chunks
 
 MLP = {"wide_bytes": 2**16, "narrow_bytes": 2**12, "accumulator_bytes": 2**24}
 
@@ -39,6 +39,7 @@ REGION = {
     "accumulator_bytes": st.integers(0, 2**34),
     "device": st.sampled_from(["cpu", "cuda"]),
     "itemsize": st.sampled_from([2, 4]),
+    "wider_sums": st.booleans(),
 }
 TOKENS = st.integers(0, 2**22)
 
@@ -54,8 +55,8 @@ def test_auto_never_plans_more_memory_than_before(tokens: int, **region: Any) ->
     assert plan.bytes_before - plan.bytes_after >= MIN_SAVED_BYTES
     assert plan.num_chunks >= 2
     assert plan.chunk_tokens.bit_count() == 1
-    least = least_tokens(region["kind"], region["device"], region["itemsize"])
-    assert least <= plan.chunk_tokens <= MAX_CHUNK_TOKENS
+    least = least_tokens(region["kind"], region["device"], region["itemsize"], region["wider_sums"])
+    assert least <= plan.chunk_tokens <= most_tokens(region["kind"], region["device"])
 
 
 @given(tokens=TOKENS, more=TOKENS, **REGION)
@@ -114,13 +115,20 @@ def test_an_int_is_obeyed(tokens: int, size: int, **region: Any) -> None:
 def test_known_shapes() -> None:
     """Llama-3-8B's head and MLP on a GPU, in bf16; the reference works on a CPU. Short sequences stay whole."""
     gib = 2**30
-    head = plan_chunks("loss", 8192, 2 * 6 * 128256, 16384, 4 * 128256 * 4096, "auto", "cuda")
-    mlp = plan_chunks("mlp", 65536, 2 * 8 * 14336, 16384, 4 * 3 * 4096 * 14336, "auto", "cuda")
-    assert isinstance(head, ChunkPlan)
-    assert isinstance(mlp, ChunkPlan)
-    assert (head.chunk_tokens, mlp.chunk_tokens) == (2048, 8192)
-    assert head.bytes_before > 11 * gib
-    assert head.bytes_after < 5 * gib
+
+    def head(tokens: int, itemsize: int) -> Any:
+        sums = itemsize * 128256 * 4096
+        return plan_chunks("loss", tokens, 2 * 2 * 128256, 16384, sums, "auto", "cuda", 2, itemsize > 2)
+
+    def mlp(tokens: int) -> Any:
+        return plan_chunks("mlp", tokens, 2 * 6 * 14336, 16384, 4 * 3 * 4096 * 14336, "auto", "cuda", 2, True)
+
+    assert "not worthwhile" in head(8192, 4)  # the peak of both is two weights and a half
+    assert [head(n, 4).chunk_tokens for n in (16384, 65536)] == [4096, 4096]
+    assert head(8192, 2).chunk_tokens == 2048
+    assert head(65536, 4).bytes_after < 4 * gib
+    assert "not worthwhile" in mlp(8192)
+    assert [mlp(n).chunk_tokens for n in (16384, 65536)] == [4096, 8192]
     for tokens in (256, 512):
         assert isinstance(plan_chunks("loss", tokens, 2 * 4 * 32000, 4096, 4 * 32000 * 512, "auto"), str)
         assert isinstance(plan_chunks("mlp", tokens, 2 * 16 * 1792, 4096, 4 * 3 * 512 * 1792, "auto"), str)
