@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mst_fx
-from benchmarks import engines, figures, gpu, measurements
+from benchmarks import engines, figures, gpu, gpu_readme, measurements
 from benchmarks import plan as plan_sweep
 from mst_fx.bench import questions
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
@@ -112,6 +112,53 @@ def test_the_longest_sequence_is_found(
     assert "57344" in shown
     assert "no kernel" in shown
     assert len(json.loads((tmp_path / "gpu-longest.json").read_text())["rows"]) == 6
+
+
+def test_given_lengths_are_measured_by_turns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trial(args: Any, system: str, length: int, seconds: float) -> dict[str, Any]:
+        row = {"system": system, "seq_len": length}
+        if length > 5000:
+            return {**row, "reason": gpu.OUT_OF_MEMORY}
+        return {**row, "step_s": 2.0, "first_s": 9.0, "tokens_per_s": length / 2, "peak_gb": 7.0}
+
+    monkeypatch.setattr(gpu, "_trial_apart", trial)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    assert gpu.longest(gpu_arguments("--lengths", "4096,8192", "--systems", "mst,inductor")) == 1
+    rows = json.loads((tmp_path / "gpu-lengths.json").read_text())["rows"]
+    assert [(r["system"], r["seq_len"]) for r in rows] == [
+        ("mst", 4096), ("inductor", 4096), ("mst", 8192), ("inductor", 8192)
+    ]  # fmt: skip
+    assert "2048" in capsys.readouterr().out
+
+
+def test_systems_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.MORE_OPTIONS, "head", ({}, {"chunk_tokens": 32}))
+    question = Question(
+        "head", "cpu", "float32", None, ("eager", "mst", "liger"), {"tokens": 128, "hidden": 16, "vocab": 600},
+        {"chunk_tokens": 64, "compiler": "aot_eager"}, steps=2,
+    )  # fmt: skip
+    rows = gpu.together(question, plan(question))
+    names = ["eager", "mst, chunk_tokens 64, compiler aot_eager", "mst, chunk_tokens 32, compiler aot_eager", "liger"]
+    assert [r["system"] for r in rows] == names
+    assert all(len(r["steps_s"]) == 2 and r["step_s"] > 0 for r in rows[:3])
+    assert "GPU" in rows[3]["reason"]
+
+
+def test_the_table_of_what_was_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_readme, "RESULTS", tmp_path)
+    assert gpu_readme.models() == []
+    for work, base in gpu_readme.BASE.items():
+        rows = [
+            {"system": base, "step_s": 0.1, "peak_bytes": 2**31},
+            {"system": "mst", "step_s": 0.2, "peak_bytes": 2**30},
+            {"system": "liger", "reason": "not installed"},
+        ]
+        (tmp_path / f"gpu-{work}.json").write_text(json.dumps({"rows": rows}))
+    assert gpu_readme.works()[1:3] == [
+        ("head", "mst", "200", "2.00", "1.00", "0.50"), ("head", "liger", "not installed", "", "", "")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

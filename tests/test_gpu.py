@@ -55,7 +55,7 @@ def test_gradients_are_as_near_to_fp64_as_inductors(
 
     record_property("error of Inductor, ours, in the parameter's dtype", (plain, ours, narrow))
     assert ours <= 1.02 * plain + (1e-6 if dtype is torch.float32 else 0)
-    assert narrow <= 1.5 * plain + (1e-6 if dtype is torch.float32 else 0)
+    assert narrow <= 2 * plain + (1e-6 if dtype is torch.float32 else 0)  # every chunk's sum is rounded
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
