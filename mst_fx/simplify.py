@@ -35,6 +35,7 @@ def simplify_loss_backward(graph: fx.Graph) -> None:
             picked = None
             if loss is not None:
                 picked, output = _pick(graph, loss, output, counted, hit)
+                _assert_in_range(graph, labels, counted, hit)
         with graph.inserting_before(node):
             scale = _call(graph, aten.where.ScalarOther, counted, gradient, 0.0)
             if picked is not None:
@@ -116,3 +117,12 @@ def _pick(graph: fx.Graph, loss: fx.Node, output: fx.Node, counted: fx.Node, hit
         if user.target is operator.getitem and user.args[1] == 0:
             user.replace_all_uses_with(value)
     return own, _call(graph, aten.sub.Tensor, shifted, total)
+
+
+def _assert_in_range(graph: fx.Graph, labels: fx.Node, counted: fx.Node, hit: fx.Node) -> None:
+    """Append that every label that counts is a class: picked by its number, another one would be an error too."""
+    low, high = _call(graph, aten.ge.Scalar, labels, 0), _call(graph, aten.lt.Scalar, labels, hit.meta["val"].shape[1])
+    good = _call(graph, aten.logical_and.default, low, high)
+    good = _call(graph, aten.logical_or.default, good, _call(graph, aten.logical_not.default, counted))
+    everywhere = _call(graph, aten.all.default, good)
+    graph.call_function(aten._assert_async.msg, (everywhere, "a label is no class: index out of range"))

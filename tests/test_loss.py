@@ -263,3 +263,18 @@ def test_losses_picked_in_a_pass_over_the_logits_are_exact(name: str, monkeypatc
         ours = check_exact(model, given, compiler=compiler, options={"mst.loss_gradient": "forward"})
         assert chunked(ours.report, "loss") == 1
     assert picked
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("label", [V, -1])
+def test_a_label_that_is_no_class_is_an_error_where_losses_are_picked(
+    compiler: str, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simplify, "PICKED_APART", set())
+    monkeypatch.setattr(ops, "BODIES", bodies := {})
+    monkeypatch.setattr(chunking, "BODIES", bodies)
+    given = inputs()
+    given["labels"][0, 3] = label
+    options = {"mst.chunk_tokens": 8, "mst.compiler": compiler}
+    with pytest.raises(RuntimeError, match="out of range"):
+        torch.compile(Head(flat()), backend="mst", options=options)(**given)
