@@ -131,8 +131,9 @@ def test_surroundings_are_folded_exactly(run: Any, checkpointed: bool) -> None:
     assert chunked(ours.report, "mlp") == (4 if run in (in_a_row, no_residual) else 2)
     loops = folded(ours.report)
     more = FOLDED[run]
-    assert [n for n in loops if n == (2, 3)], "the loss reads the last layer's output, labels, and the norm's weights"
-    assert {n for n in loops if n != (2, 3)} <= {(1, 4 + more), (1, 4)}
+    # The last layer's output and labels; the norm's two weights, the head's, and what the mean divides by.
+    assert [n for n in loops if n == (2, 4)]
+    assert {n for n in loops if n != (2, 4)} <= {(1, 4 + more), (1, 4)}
     if checkpointed and run is post_norm:  # all that could join is what the block returns
         assert loops.count((1, 4)) == 2
     else:
