@@ -114,6 +114,8 @@ def measure(args: argparse.Namespace) -> int:
         TINY[name] if args.tiny else {}, {"chunk_tokens": 128} if args.tiny else {}, steps=args.steps,
     )  # fmt: skip
     cells = plan(question)  # mistakes are told before anything runs
+    if args.together and name == "model":
+        raise UsageError("--together goes with head and mlp: an optimizer's steps would change the next system's work")
     good, told = (True, "gradients not checked") if args.no_check else _check(args)
     question = dataclasses.replace(question, minutes=args.minutes - (time.monotonic() - started) / 60)
     if args.together:
@@ -165,7 +167,8 @@ def together(question: Question, cells: list[Cell]) -> list[dict[str, Any]]:
             row["reason"] = OUT_OF_MEMORY if OUT_OF_MEMORY in str(e) else str(e).strip().splitlines()[0]
             sys.stderr.write(f"{label}: {row['reason']}\n")
             continue
-        row |= {"peak_bytes": peak, "steps_s": []}
+        chunked = mst_fx.reports()[-1].chunked if system.startswith("mst") else ()
+        row |= {"peak_bytes": peak, "steps_s": [], "chunk_tokens": [r.chunk_tokens for r in chunked]}
         sys.stderr.write(f"{label}: first step {row['first_s']:.1f} s, peak {peak / 2**30:.2f} GiB\n")
         running.append((row, fn))
     for _ in range(question.steps):
@@ -206,6 +209,8 @@ def longest(args: argparse.Namespace) -> int:
     systems = (args.systems or "mst,inductor").split(",")
     if not {"mst", "inductor"}.issuperset(systems):
         raise UsageError(f"--systems {args.systems}: mst, inductor or both for longest")
+    if not all(n.isdecimal() and int(n) for n in (args.lengths or "1").split(",")):
+        raise UsageError(f"--lengths {args.lengths}: numbers of at least 1, with commas between")
     path = RESULTS / f"gpu-{'lengths' if args.lengths else 'longest'}{'-tiny' if args.tiny else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -143,6 +143,7 @@ def test_systems_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     names = ["eager", "mst, chunk_tokens 64, compiler aot_eager", "mst, chunk_tokens 32, compiler aot_eager", "liger"]
     assert [r["system"] for r in rows] == names
     assert all(len(r["steps_s"]) == 2 and r["step_s"] > 0 for r in rows[:3])
+    assert [r["chunk_tokens"] for r in rows[:3]] == [[], [64], [32]]
     assert "GPU" in rows[3]["reason"]
 
 
