@@ -55,7 +55,6 @@ OUT_OF_MEMORY = "out of memory"
 MORE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "head": ({}, {"chunk_tokens": 512}, {"chunk_tokens": 1024}),
     "mlp": ({}, {"chunk_tokens": 4096}),
-    "model": ({},),
 }
 """What ours is measured with by ``--together``."""
 TINY: dict[str, dict[str, Any]] = {
@@ -145,7 +144,7 @@ def together(question: Question, cells: list[Cell]) -> list[dict[str, Any]]:
     work = WORKS[WORK_OF[question.name]](**cells[0].shapes, dtype=DTYPES[question.dtype], device=question.device)
     variants = [
         (c.system, {**question.options, **more} if c.system.startswith("mst") else {})
-        for c in cells for more in (MORE_OPTIONS.get(question.name, ()) if c.system.startswith("mst") else ({},))
+        for c in cells for more in (MORE_OPTIONS[question.name] if c.system.startswith("mst") else ({},))
     ]  # fmt: skip
     torch._dynamo.config.recompile_limit = 64
     for system, options in variants:

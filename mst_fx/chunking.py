@@ -115,7 +115,8 @@ def planned_bytes(region: Region, lifted: Lifted | None, device: str, trains: bo
     if device == "cpu":
         return wide_bytes(region, lifted) * (2 if trains else 1)
     if region.kind != "loss":
-        return wide_bytes(region, lifted) * 3 // (2 if trains else 3)
+        wide = wide_bytes(region, lifted)
+        return wide * 3 // 2 if trains else wide
     known = [v for v in map(fake_tensor, region.amplifiers) if v is not None]
     wide = sum(size_hint(v.shape[-1]) * v.dtype.itemsize for v in known) + region.row_bytes
     return wide * (2 if trains else 1)

@@ -39,9 +39,8 @@ MIN_CHUNK_TOKENS = {
     "gpu": {"mlp": 2048, "loss": 1024},
     "gpu, wider sums": {"mlp": 4096, "loss": 4096},
 }
-MAX_CHUNK_TOKENS = {"mlp": 16384, "loss": 16384}
-MAX_CHUNK_TOKENS_GPU = {"mlp": 16384, "loss": 4096}
-"""A head's sums are cast in the end, for which they take half as many bytes again: larger chunks would be the peak."""
+MAX_CHUNK_TOKENS = {"cpu": {"mlp": 16384, "loss": 16384}, "gpu": {"mlp": 16384, "loss": 4096}}
+"""On a GPU a head's sums are cast in the end, which takes half as many bytes again: larger chunks would be the peak."""
 MIN_SAVED_BYTES = 8 * 2**20
 MOST_KEPT = 0.75
 
@@ -106,7 +105,7 @@ def plan_chunks(
 
 def most_tokens(kind: str, device: str) -> int:
     """Return the tokens of the largest chunk that ``auto`` makes."""
-    return (MAX_CHUNK_TOKENS if device == "cpu" else MAX_CHUNK_TOKENS_GPU)[kind]
+    return MAX_CHUNK_TOKENS["cpu" if device == "cpu" else "gpu"][kind]
 
 
 def least_tokens(kind: str, device: str, itemsize: int, wider_sums: bool = False) -> int:

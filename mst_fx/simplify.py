@@ -18,7 +18,7 @@ from torch import fx
 
 aten = torch.ops.aten
 PICKED_APART = {"cpu"}
-"""Devices where one kernel does all that a row needs, so that NOTE [pick in the pass that is there] brings nothing."""
+"""Devices where one kernel does all that a row needs, so that NOTE [pick in a pass that is there] brings nothing."""
 
 
 def simplify_loss_backward(graph: fx.Graph) -> None:
