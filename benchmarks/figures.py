@@ -1,7 +1,7 @@
 """The figures of the README: each a ratio of two systems, with the most that is asked of it.
 
     python -m benchmarks.figures                # measure everything, save the rows, print the table
-    python -m benchmarks.figures head mlp       # measurements whose names begin so
+    python -m benchmarks.figures llama head-    # one by its name, else all whose names begin so
     python -m benchmarks.figures --list
     python -m benchmarks.figures --table        # measure nothing: the table of saved rows
     python -m benchmarks.figures --readme       # the same, into README.md
@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.measurements import LENGTHS_SHOWN, MEASUREMENTS, RESULTS, SERIES, Rows, load, save, too_slow_here
+from mst_fx.config import did_you_mean
 from mst_fx.measure import prepare_compiler
 
 # -- figures from saved rows -------------------------------------------------------------------------
@@ -48,6 +49,9 @@ def _time(name: str, system: str, base: str) -> Callable[[], float]:
 
 
 def _median_ratio(rows: Rows, system: str, base: str) -> float:
+    for asked in (system, base):
+        if asked in rows.get("reasons", {}):
+            raise _MissingError(f"{asked}: {rows['reasons'][asked]}")
     times = rows["cpu_s" if rows["clock"] == "cpu" else "steps_s"]
     return statistics.median(a / b for a, b in zip(times[system], times[base], strict=True))
 
@@ -208,10 +212,20 @@ def replace_table(name: str, table: list[str]) -> None:
     readme.write_text(f"{before}{start}\n" + "\n".join(table) + f"\n{end}{rest.split(end)[1]}")
 
 
+def _wanted(names: list[str]) -> list[str]:
+    """Return the measurements named, or whose names begin so; all of them for none."""
+    exact = [n for n in names if n in MEASUREMENTS]
+    begun = tuple(n for n in names if n not in MEASUREMENTS) if names else ("",)
+    lost = [b for b in begun if not any(n.startswith(b) for n in MEASUREMENTS)]
+    if lost:
+        raise SystemExit(f"no measurement is named {lost[0]!r}.{did_you_mean(lost[0], MEASUREMENTS)} See --list.")
+    return [n for n in MEASUREMENTS if n in exact or n.startswith(begun)]
+
+
 def main() -> None:
     """Measure what was asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="measurements whose names begin so; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a name, or what names begin with; all by default")
     parser.add_argument("--steps", type=int, default=5, help="rounds of turns")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--list", action="store_true")
@@ -229,7 +243,7 @@ def main() -> None:
         Console().print(f"length.png: S {', '.join(map(str, draw_lengths(RESULTS / 'length.png')))}")
         return
     if not args.table:
-        wanted = [n for n in MEASUREMENTS if not args.names or n.startswith(tuple(args.names))]
+        wanted = _wanted(args.names)
         prepare_compiler(dict(os.environ))
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=len(wanted))

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mst_fx
-from mst_fx.bench.cell import device_name, timed_step, versions
+from mst_fx.bench.cell import OUT_OF_MEMORY, describe, device_name, timed_step, versions
 from mst_fx.bench.questions import (
     GRACE_SECONDS,
     WORK_OF,
@@ -42,16 +42,14 @@ from mst_fx.bench.questions import (
     run_cell,
     save_rows,
 )
-from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import summary, table
+from mst_fx.bench.turns import by_turns
 from mst_fx.bench.works import LLAMA3_8B, WORKS
-from mst_fx.measure import peak_over_start
 from mst_fx.models import DTYPES, UsageError
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = 8.0
 STEPS = 3
-OUT_OF_MEMORY = "out of memory"
 MORE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "head": ({}, {"chunk_tokens": 512}, {"chunk_tokens": 1024}),
     "mlp": ({}, {"chunk_tokens": 4096}),
@@ -140,43 +138,26 @@ def together(question: Question, cells: list[Cell]) -> list[dict[str, Any]]:
 
     Ours is measured with other chunk sizes too, so that peers meet it at their own peak.
     """
-    rows, running = [], []
     work = WORKS[WORK_OF[question.name]](**cells[0].shapes, dtype=DTYPES[question.dtype], device=question.device)
-    variants = [
-        (c.system, {**question.options, **more} if c.system.startswith("mst") else {})
-        for c in cells for more in (MORE_OPTIONS[question.name] if c.system.startswith("mst") else ({},))
-    ]  # fmt: skip
-    torch._dynamo.config.recompile_limit = 64
-    for system, options in variants:
-        label = ", ".join([system, *(f"{k} {v}" for k, v in options.items())])
-        row = {
-            "work": WORK_OF[question.name], "system": label, "shapes": cells[0].shapes, "options": options,
-            "dtype": question.dtype, "device": device_name(question.device), "versions": versions(), "caches": "cold",
-        }  # fmt: skip
-        rows.append(row)
-        try:
-            fn = SYSTEMS[system](work, options)
-            row["first_s"] = timed_step(work, fn, question.device)
-            work.clear()
-            timed_step(work, fn, question.device)
-            work.clear()
-            peak, _ = peak_over_start(lambda work=work, fn=fn: work.step(fn), question.device)
-            work.clear()
-        except (UnavailableError, RuntimeError) as e:
-            row["reason"] = OUT_OF_MEMORY if OUT_OF_MEMORY in str(e) else str(e).strip().splitlines()[0]
-            sys.stderr.write(f"{label}: {row['reason']}\n")
-            continue
-        chunked = mst_fx.reports()[-1].chunked if system.startswith("mst") else ()
-        row |= {"peak_bytes": peak, "steps_s": [], "chunk_tokens": [r.chunk_tokens for r in chunked]}
-        sys.stderr.write(f"{label}: first step {row['first_s']:.1f} s, peak {peak / 2**30:.2f} GiB\n")
-        running.append((row, fn))
-    for _ in range(question.steps):
-        for row, fn in running:
-            row["steps_s"].append(timed_step(work, fn, question.device))
-            work.clear()
-    for row, _ in running:
-        step = statistics.median(row["steps_s"])
-        row |= {"step_s": step, "tokens_per_s": work.tokens / step}
+    variants: dict[str, tuple[str, dict[str, Any]]] = {}
+    for cell in cells:
+        ours = cell.system.startswith("mst")
+        for more in MORE_OPTIONS[question.name] if ours else ({},):
+            options = {**question.options, **more} if ours else {}
+            variants[", ".join([cell.system, *(f"{k} {v}" for k, v in options.items())])] = (cell.system, options)
+
+    def show(label: str, row: dict[str, Any]) -> None:
+        found = row.get("reason") or f"first step {row['first_s']:.1f} s, peak {row['peak_bytes'] / 2**30:.2f} GiB"
+        sys.stderr.write(f"{label}: {found}\n")
+
+    measured = by_turns(work, variants, question.steps, question.device, peaks=True, progress=show)
+    rows = []
+    for label, row in measured.items():
+        if "reason" not in row:
+            step = statistics.median(row["steps_s"])
+            row |= {"step_s": step, "tokens_per_s": work.tokens / step}
+        about = describe(work.name, cells[0].shapes, variants[label][1], question.dtype, question.device)
+        rows.append({"system": label, **about, "caches": "cold", **row})
     return rows
 
 

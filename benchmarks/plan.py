@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import torch
@@ -28,9 +27,8 @@ from benchmarks.figures import replace_table
 from benchmarks.measurements import RESULTS
 from mst_fx.bench.cell import device_name, versions
 from mst_fx.bench.questions import environment, too_much
-from mst_fx.bench.systems import SYSTEMS
+from mst_fx.bench.turns import by_turns
 from mst_fx.bench.works import WORKS, Work, check_sizes
-from mst_fx.measure import peak_over_start
 from mst_fx.models import DTYPES
 
 HEAD, MLP = {"hidden": 256, "vocab": 16000}, {"hidden": 512, "intermediate": 1792}
@@ -68,21 +66,13 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     name, dtype, shapes = CASES[case]
     work, chosen = made(case), chosen_size(case)
     sizes = {2**i for i in range(SMALLEST.bit_length() - 1, shapes["tokens"].bit_length() - 1)}
-    functions = {"plain": SYSTEMS["inductor"](work, {})}
-    for size in sorted(sizes | ({chosen} if chosen else set())):
-        functions[str(size)] = SYSTEMS["mst"](work, {"chunk_tokens": size})
-    times: dict[str, list[float]] = {key: [] for key in functions}
-    for turn in range(rounds + 1):
-        for key, fn in functions.items():
-            work.clear()
-            start = time.process_time()
-            work.step(fn)
-            if turn:  # the first one compiles
-                times[key].append(time.process_time() - start)
-    peaks = {}
-    for key, fn in functions.items():
-        work.clear()
-        peaks[key], _ = peak_over_start(lambda fn=fn: work.step(fn), "cpu")
+    variants: dict[str, tuple[str, dict[str, Any]]] = {"plain": ("inductor", {})}
+    variants |= {str(c): ("mst", {"chunk_tokens": c}) for c in sorted(sizes | ({chosen} if chosen else set()))}
+    found = by_turns(work, variants, rounds, "cpu", peaks=True)
+    failed = {label: row["reason"] for label, row in found.items() if "reason" in row}
+    if failed:
+        raise SystemExit(f"{case}: {failed}")
+    times, peaks = ({label: row[key] for label, row in found.items()} for key in ("cpu_s", "peak_bytes"))
     return {
         "case": case, "work": name, "dtype": dtype, "shapes": shapes, "chosen": chosen,
         "cpu_s": times, "peak_bytes": peaks, "device": device_name("cpu"), "versions": versions(),

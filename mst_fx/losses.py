@@ -220,7 +220,7 @@ def is_divided(total: Total | None) -> bool:
 
 def read_by_count(total: Total | None) -> list[fx.Node]:
     """Return the nodes that ``count`` reads."""
-    if not isinstance(total, LossCall) or total.reduction != "mean" or total.soft:
+    if not isinstance(total, LossCall) or not is_divided(total) or total.soft:
         return []
     return [n for n in (total.labels, total.weight) if isinstance(n, fx.Node)]
 
@@ -234,11 +234,13 @@ def count(graph: fx.Graph, total: Total, tokens: Callable[[], Any], size: Callab
         tokens: Returns the number of tokens, or a node that computes it.
         size: Returns a node that computes a symbolic size.
     """
-    if isinstance(total, ValueSum):
-        if total.batch is not None:
-            return total.batch if isinstance(total.batch, int) else size(total.batch)
-        return tokens() if total.reduction == "mean" else None
-    return count_tokens(graph, total, tokens) if total.reduction == "mean" else None
+    if not is_divided(total):
+        return None
+    if isinstance(total, LossCall):
+        return count_tokens(graph, total, tokens)
+    if total.batch is None:
+        return tokens()
+    return total.batch if isinstance(total.batch, int) else size(total.batch)
 
 
 def count_tokens(graph: fx.Graph, call: LossCall, tokens: Callable[[], Any]) -> Any:

@@ -13,11 +13,11 @@ import torch
 import mst_fx
 from benchmarks import engines, figures, gpu, gpu_readme, measurements
 from benchmarks import plan as plan_sweep
-from mst_fx.bench import questions
+from mst_fx.bench import questions, turns
 from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
-from mst_fx.bench.works import WORKS, head, mlp
+from mst_fx.bench.works import WORKS, Work, head, mlp
 from mst_fx.cli import main
 from mst_fx.measure import matmul_slowdown
 from mst_fx.models import UsageError
@@ -147,6 +147,29 @@ def test_systems_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert "GPU" in rows[3]["reason"]
 
 
+def test_a_system_that_fails_in_its_turn_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(work: Work, options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setitem(SYSTEMS, "liger", failing)
+    shapes = [f"--set={k}={v}" for k, v in TINY["mlp"].items()]
+    row = turns.run(["mlp", "--systems", "eager,liger,chunk checkpoint", "--steps", "2", "--device", "cpu", *shapes])
+    assert row["reasons"] == {"liger": "out of memory"}
+    assert {s: len(t) for s, t in row["steps_s"].items()} == {"eager": 2, "chunk checkpoint": 2}
+    assert row["ratios"]["eager"] == 1.0
+    with pytest.raises(figures._MissingError, match="liger: out of memory"):
+        figures._median_ratio({"clock": "cpu", **row}, "liger", "eager")
+    assert figures._median_ratio({"clock": "wall", **row}, "chunk checkpoint", "eager") > 0
+
+
+def test_a_figure_is_asked_for_by_its_name_or_its_beginning() -> None:
+    assert figures._wanted(["llama-2k"]) == ["llama-2k"]
+    assert figures._wanted(["llama-2"]) == ["llama-2k", "llama-2k-checkpointing", "llama-256"]
+    assert figures._wanted([]) == list(measurements.MEASUREMENTS)
+    with pytest.raises(SystemExit, match="Did you mean 'llama'"):
+        figures._wanted(["lama"])
+
+
 def test_the_table_of_what_was_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_readme, "RESULTS", tmp_path)
     assert gpu_readme.models() == []
@@ -249,7 +272,7 @@ def test_a_dtype_this_cpu_has_no_instructions_for(
     monkeypatch.setattr(measurements.Turns, "run", lambda self, steps, clock: {"clock": clock})
     monkeypatch.setattr(sys, "argv", ["figures", "head-bf16", "head-fp32"])
     figures.main()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["head-fp32-batch2.json", "head-fp32.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head-fp32.json"]
     assert "head-bf16: not measured" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.works import WORKS, Work
-from mst_fx.measure import peak_over_start
 from mst_fx.models import DTYPES, parse_pairs
+
+Row = dict[str, Any]
+OUT_OF_MEMORY = "out of memory"
 
 
 def device_name(device: str) -> str:
@@ -70,19 +72,26 @@ def gradient_error(work: Work, fn: Callable[..., Any]) -> float:
     return float((off / sum(g.square().sum() for g in truth.values())) ** 0.5)
 
 
-def describe(args: argparse.Namespace, shapes: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def describe(work: str, shapes: Mapping[str, Any], options: Mapping[str, Any], dtype: str, device: str) -> Row:
     """Return what a row says about itself, measured or not."""
     return {
-        "work": args.work, "system": args.system, "shapes": shapes, "options": options, "dtype": args.dtype,
-        "device": device_name(args.device), "versions": versions(),
+        "work": work, "shapes": shapes, "options": options, "dtype": dtype, "device": device_name(device),
+        "versions": versions(),
     }  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def told(error: Exception) -> str:
+    """Return in one line why a system could not run."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    full = isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY in str(error).lower()
+    return OUT_OF_MEMORY if full else lines[0]
+
+
+def run(args: argparse.Namespace) -> Row:
     """Run the cell and return its row; a system that can't run is a row with a ``reason``."""
     torch.manual_seed(0)
     shapes, options = parse_pairs(args.set), parse_pairs(args.option)
-    row = describe(args, shapes, options)
+    row = {"system": args.system, **describe(args.work, shapes, options, args.dtype, args.device)}
     try:
         work = WORKS[args.work](**shapes, dtype=DTYPES[args.dtype], device=args.device)
         fn = SYSTEMS[args.system](work, options)
@@ -91,12 +100,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.steps):
             work.clear()
             times.append(timed_step(work, fn, args.device))
-        work.clear()
-        peak, _ = peak_over_start(lambda: work.step(fn), args.device)
-    except UnavailableError as e:
-        return {**row, "reason": str(e)}
-    except torch.OutOfMemoryError as e:
-        return {**row, "reason": f"out of memory: {str(e).splitlines()[0]}"}
+        peak = work.peak(fn, args.device)
+    except (UnavailableError, torch.OutOfMemoryError) as e:
+        return {**row, "reason": told(e)}
     step = statistics.median(times) if times else first
     row |= {"first_s": first, "step_s": step, "steps_s": times, "peak_bytes": peak, "tokens_per_s": work.tokens / step,
             "compiles": torch._dynamo.utils.counters["stats"]["unique_graphs"]}  # fmt: skip

@@ -1,10 +1,10 @@
-"""Step times of several systems in one process, one step each in turn: a drift of the machine hits all alike.
+"""Several systems in one process, one step each in turn: a drift of the machine hits all alike.
 
     python -m mst_fx.bench.turns llama --systems inductor,mst --set checkpointing=true --steps 6
 
-For times only; memory and the first step need processes of their own. Besides seconds by the clock each step's
-seconds of processor time are kept: with one thread (``OMP_NUM_THREADS=1``) they hardly change when others use the
-machine.
+For times; first steps share caches, and on a CPU a peak counts what the allocator kept of the system before.
+Besides seconds by the clock each step's seconds of processor time are kept: with one thread
+(``OMP_NUM_THREADS=1``) they hardly change when others use the machine.
 """
 
 from __future__ import annotations
@@ -13,14 +13,68 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from mst_fx.bench.cell import describe, parser, timed_step
+import mst_fx
+from mst_fx.bench.cell import describe, parser, timed_step, told
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
-from mst_fx.bench.works import WORKS
+from mst_fx.bench.works import WORKS, Work
 from mst_fx.models import DTYPES, parse_pairs
+
+Variants = Mapping[str, tuple[str, Mapping[str, Any]]]
+"""Label -> system and its options."""
+
+
+def by_turns(
+    work: Work, variants: Variants, steps: int, device: str, *, peaks: bool = False,
+    progress: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run a first step of every variant, then ``steps`` rounds with one step of each.
+
+    Args:
+        work: What every variant does; it should hold no optimizer, whose steps would change the next one's work.
+        variants: The systems by label.
+        steps: Rounds.
+        device: Where the work is.
+        peaks: Measure the peak of a step over its start too, between first steps and rounds.
+        progress: Called with a label and its row before the rounds.
+
+    Returns:
+        By label: ``first_s``, ``steps_s`` and ``cpu_s`` (seconds by the clock and of processor time),
+        ``chunk_tokens`` of what ours chunked and, if asked for, ``peak_bytes``; or the ``reason`` it can't run.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(variants))
+    rows: dict[str, dict[str, Any]] = {}
+    functions: dict[str, Callable[..., Any]] = {}
+    for label, (system, options) in variants.items():
+        work.clear()
+        row = rows[label] = {}
+        try:
+            fn = SYSTEMS[system](work, options)
+            row["first_s"] = timed_step(work, fn, device)
+            if peaks:
+                work.clear()
+                timed_step(work, fn, device)
+                row["peak_bytes"] = work.peak(fn, device)
+        except (UnavailableError, RuntimeError) as e:
+            row["reason"] = told(e)
+        else:
+            chunked = mst_fx.reports()[-1].chunked if system.startswith("mst") and mst_fx.reports() else ()
+            row |= {"chunk_tokens": [r.chunk_tokens for r in chunked], "steps_s": [], "cpu_s": []}
+            functions[label] = fn
+        if progress is not None:
+            progress(label, row)
+    for _ in range(steps):
+        for label, fn in functions.items():
+            work.clear()
+            start = time.process_time()
+            rows[label]["steps_s"].append(timed_step(work, fn, device))
+            rows[label]["cpu_s"].append(time.process_time() - start)
+    work.clear()
+    return rows
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:
@@ -32,31 +86,19 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     shapes, options = parse_pairs(args.set), parse_pairs(args.option)
     work = WORKS[args.work](**shapes, dtype=DTYPES[args.dtype], device=args.device)
-    row = {**describe(args, shapes, options), "reasons": {}}
-    functions: dict[str, Any] = {}
-    for system in args.systems.split(","):
-        try:
-            functions[system] = SYSTEMS[system](work, options)
-        except UnavailableError as e:
-            row["reasons"][system] = str(e)
-    times: dict[str, list[float]] = {system: [] for system in functions}
-    processor: dict[str, list[float]] = {system: [] for system in functions}
-    for step in range(args.steps + 1):
-        for system, fn in functions.items():
-            work.clear()
-            start = time.process_time()
-            seconds = timed_step(work, fn, args.device)
-            if step:  # the first one compiles
-                times[system].append(seconds)
-                processor[system].append(time.process_time() - start)
-    row |= {"steps_s": times, "cpu_s": processor, "ratios": _ratios(times), "cpu_ratios": _ratios(processor)}
-    del row["system"]
-    return row
+    rows = by_turns(work, {s: (s, options) for s in args.systems.split(",")}, args.steps, args.device)
+    good = {s: r for s, r in rows.items() if "reason" not in r}
+    times, processor = ({s: r[key] for s, r in good.items()} for key in ("steps_s", "cpu_s"))
+    return {
+        **describe(args.work, shapes, options, args.dtype, args.device),
+        "reasons": {s: r["reason"] for s, r in rows.items() if "reason" in r},
+        "steps_s": times, "cpu_s": processor, "ratios": ratios(times), "cpu_ratios": ratios(processor),
+    }  # fmt: skip
 
 
-def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
+def ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
     """Return the median over rounds of every system's time by the first system's in the same round."""
-    first = next(iter(times.values()))
+    first = next(iter(times.values()), [])
     return {s: statistics.median(b / a for a, b in zip(first, t, strict=True)) for s, t in times.items()}
 
 

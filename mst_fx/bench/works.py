@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mst_fx.config import did_you_mean
+from mst_fx.measure import peak_over_start
 from mst_fx.models import UsageError
 
 
@@ -39,6 +40,13 @@ class Work:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return out.detach()
+
+    def peak(self, fn: Callable[..., Any], device: str) -> int:
+        """Return the bytes that a step needs at its peak over its start; gradients are freed before and after."""
+        self.clear()
+        found, _ = peak_over_start(lambda: self.step(fn), device)
+        self.clear()
+        return found
 
     def clear(self) -> None:
         """Free the gradients."""
