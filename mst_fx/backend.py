@@ -7,6 +7,7 @@ graphs needs are made here, at import, and the C++ compiler is asked early what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ from torch import fx
 
 from mst_fx import buckets, inductor, kernels
 from mst_fx.config import Config, OptionError
-from mst_fx.layers import share_layers
+from mst_fx.layers import all_calls_are_ours, share_layers
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
 from mst_fx.pipeline import run_passes
@@ -94,7 +95,8 @@ def _compile(
     whole = not (piece or buckets.cutting())
     if chunked and whole and config.share_layers and inductor.shares_layers(config.compiler, options):
         share_layers(module)
-    compiled = buckets.compile_graph(module, example_inputs, config.compiler, options, chunked)
+    with inductor.writes_not_looked_for() if all_calls_are_ours(module) else contextlib.nullcontext():
+        compiled = buckets.compile_graph(module, example_inputs, config.compiler, options, chunked)
     return compiled, report, logits
 
 

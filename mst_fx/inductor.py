@@ -19,6 +19,7 @@ import platform
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
@@ -49,6 +50,7 @@ __all__ = [
     "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "graph_break", "is_piece",
     "keep_source", "mode_options", "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of",
     "symbolic_inputs", "symbolic_sizes", "torch_version", "trace_artifact", "tracing_in_mode_of", "without_modes",
+    "writes_not_looked_for",
 ]  # fmt: skip
 
 MINIMUM_TORCH = (2, 11)
@@ -102,6 +104,17 @@ def shares_layers(compiler: str, options: Mapping[str, Any]) -> bool:
         return False
     settings = {**inductor_config.get_config_copy(), **options}
     return compiler == "aot_eager" or not (settings["cpp_wrapper"] or settings["triton.cudagraphs"])
+
+
+@contextlib.contextmanager
+def writes_not_looked_for() -> Iterator[None]:
+    """Spare AOTAutograd a trace of a layer at every call of its graph, made to refuse writes to what goes in.
+
+    Right only where none of the graphs called writes to an input.
+    """
+    op = torch.ops.higher_order.invoke_subgraph
+    with mock.patch.object(op, "_supports_training_input_mutation", True, create=True):
+        yield
 
 
 def keep_source(old: Any, new: Any) -> None:

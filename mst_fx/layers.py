@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 FEWEST = 2
 """Equal layers from which on they share a graph."""
 NAME = "mst_layer_{}"
+INVOKE = torch.ops.higher_order.invoke_subgraph
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,13 @@ def share_layers(module: fx.GraphModule) -> int:
     return count
 
 
+def all_calls_are_ours(module: fx.GraphModule) -> bool:
+    """Whether there are calls of graphs, and each is of a layer shared here: none of those writes to what goes in."""
+    graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
+    calls = [n for g in graphs for n in g.find_nodes(op="call_function", target=INVOKE)]
+    return bool(calls) and all(str(n.args[1]).startswith(NAME.format("")) for n in calls)
+
+
 # -- what repeats --------------------------------------------------------------------------------------
 
 
@@ -220,7 +228,7 @@ def _call(graph: fx.Graph, name: str, unit: Unit) -> None:
     with graph.inserting_after(unit.nodes[-1]):
         place = graph.get_attr(name)
     with graph.inserting_after(place):
-        call = place = graph.call_function(torch.ops.higher_order.invoke_subgraph, (place, name, *unit.inputs))
+        call = place = graph.call_function(INVOKE, (place, name, *unit.inputs))
     call.meta = {k: unit.nodes[0].meta[k] for k in ("stack_trace", "nn_module_stack") if k in unit.nodes[0].meta}
     call.meta["example_value"] = tuple(fake(n) for n in unit.outputs)
     for i, node in enumerate(unit.outputs):

@@ -71,6 +71,20 @@ def tokens(requires_grad: bool = False) -> dict[str, Any]:
     return {"x": torch.randn(2, 23, H, requires_grad=requires_grad)}
 
 
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the graphs that torch traces from here on to see whether they write to an input."""
+    names: list[str] = []
+    real = layers.INVOKE.gen_schema
+
+    def note(subgraph: Any, identifier: str, *operands: Any) -> Any:
+        names.append(identifier)
+        return real(subgraph, identifier, *operands)
+
+    monkeypatch.setattr(layers.INVOKE, "gen_schema", note, raising=False)
+    return names
+
+
 # -- shared ------------------------------------------------------------------------------------------
 
 
@@ -116,6 +130,34 @@ def test_under_autocast(autocast: bool, shared: list[int]) -> None:
     check_exact(hf("llama", num_hidden_layers=LAYERS), hf_inputs("llama"), options={**OPTIONS, **EAGER},
                 autocast=autocast)  # fmt: skip
     assert shared == [LAYERS]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_a_layer_is_traced_as_often_however_many_share_it(count: int, shared: list[int], looked: list[str]) -> None:
+    torch.compile(Layers(F.relu, count), backend="mst", options={**OPTIONS, **EAGER})(**tokens(True)).backward()
+    assert shared == [count]
+    assert len(looked) == 2  # forward and backward
+
+
+class OwnRegion(Layers):
+    """A region of the user's own, before the layers; of one call torch makes no graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:2]:
+            x = own_region(x.cumsum(1), layer.mix.weight)
+        return super().forward(x)
+
+
+@torch.compiler.nested_compile_region
+def own_region(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight.mean()
+
+
+def test_writes_in_regions_of_the_users_are_looked_for(shared: list[int], looked: list[str]) -> None:
+    check_exact(OwnRegion(F.relu), tokens(True), options={**OPTIONS, **EAGER})
+    assert shared == [LAYERS]
+    assert len([n for n in looked if not n.startswith("mst_layer_")]) >= 2
+    assert len(looked) > LAYERS + 3
 
 
 def test_only_layers_alike_share(shared: list[int]) -> None:
