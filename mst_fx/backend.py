@@ -18,7 +18,8 @@ from torch import fx
 
 from mst_fx import buckets, inductor, kernels
 from mst_fx.config import Config, OptionError
-from mst_fx.layers import all_calls_are_ours, share_layers
+from mst_fx.graph import default_autocast_dtypes
+from mst_fx.layers import all_calls_are_ours, dtypes_of_calls, share_layers
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
 from mst_fx.pipeline import run_passes
@@ -95,7 +96,8 @@ def _compile(
     whole = not (piece or buckets.cutting())
     if chunked and whole and config.share_layers and inductor.shares_layers(config.compiler, options):
         share_layers(module)
-    with inductor.writes_not_looked_for() if all_calls_are_ours(module) else contextlib.nullcontext():
+    looked_for = inductor.writes_not_looked_for() if all_calls_are_ours(module) else contextlib.nullcontext()
+    with looked_for, default_autocast_dtypes(dtypes_of_calls(module)):
         compiled = buckets.compile_graph(module, example_inputs, config.compiler, options, chunked)
     return compiled, report, logits
 

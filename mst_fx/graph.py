@@ -8,7 +8,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -132,6 +132,40 @@ def open_autocasts(node: fx.Node) -> list[fx.Node]:
     return opened
 
 
+@contextmanager
+def in_autocasts_of(node: fx.Node) -> Iterator[None]:
+    """Run what is inside under the autocasts that its graph has entered at a node."""
+    with ExitStack() as stack:
+        for n in open_autocasts(node):
+            stack.callback(EXIT_AUTOCAST, ENTER_AUTOCAST(*n.args))
+        yield
+
+
+def autocast_dtypes(node: fx.Node) -> dict[str, torch.dtype]:
+    """Return device type -> dtype of the autocasts in force at a node, around the compiled function or in its graph."""
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in _kinds() if torch.is_autocast_enabled(kind)}
+    for kind, dtype, *_ in (n.args for n in open_autocasts(node)):
+        dtypes[str(kind)] = torch.get_autocast_dtype(str(kind)) if dtype is None else dtype  # pyright: ignore
+    return dtypes
+
+
+@contextmanager
+def default_autocast_dtypes(dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Have an autocast that is entered without a dtype cast to these, by device type."""
+    before = {kind: torch.get_autocast_dtype(kind) for kind in dtypes}
+    try:
+        for kind, dtype in dtypes.items():
+            torch.set_autocast_dtype(kind, dtype)
+        yield
+    finally:
+        for kind, dtype in before.items():
+            torch.set_autocast_dtype(kind, dtype)
+
+
+def _kinds() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def _leave(opened: dict[Any, Any], node: Any) -> None:
     mode = opened.pop(node, None)
     if mode is not None:
@@ -140,8 +174,7 @@ def _leave(opened: dict[Any, Any], node: Any) -> None:
 
 def autocast_now() -> Callable[[], AbstractContextManager[Any]]:
     """Return a factory of contexts that restore the autocast state of this moment."""
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    states = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
+    states = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in _kinds()]
 
     @contextmanager
     def restored() -> Any:
@@ -157,7 +190,7 @@ def autocast_now() -> Callable[[], AbstractContextManager[Any]]:
 def autocast_off() -> Iterator[None]:
     """Run what is inside without autocast, on whatever device."""
     with ExitStack() as stack:
-        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for kind in _kinds():
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

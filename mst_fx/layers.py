@@ -10,7 +10,8 @@ Facts this file rests on (seen on 2.13):
       of that name, so that layers are equal only if their inputs are alike in dtype, strides and ``requires_grad``.
     * The graph may neither change nor return its inputs, and Inductor takes no symbolic sizes for it.
     * A backward is traced with the dispatch keys of its forward but the autocast dtype of where it is traced: with an
-      autocast that a graph enters itself, products of the backward are cast to the default dtype once more.
+      autocast that a graph enters itself that is the default, to which products would be cast once more. So the graph
+      is compiled with the dtype of its own for a default (``dtypes_of_calls``).
     * CUDA graphs and the C++ wrapper do not see what is inside; ``inductor.shares_layers`` refuses both.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx.graph import (
     CHECKPOINT,
+    autocast_dtypes,
     fake,
+    in_autocasts_of,
     is_autocast_switch,
     is_grad_switch,
     is_in_place,
     node_name,
-    open_autocasts,
     run_on_fakes,
     source_of,
     storages,
@@ -134,11 +136,14 @@ def share_layers(module: fx.GraphModule) -> int:
         module: A rewritten Dynamo graph with fake values in ``meta["example_value"]``.
     """
     count = 0
+    dtypes: dict[str, torch.dtype] = {}
     for units in [*_repeats([n for n in module.graph.nodes if n.op not in _GIVEN])]:
-        reason = _reason_against(module, units)
+        own = autocast_dtypes(units[0].nodes[0])
+        reason = _reason_against(module, units) or _reason_between(dtypes, own)
         if reason:
             log.debug("mst: %d layers are compiled one by one, the first at %s: %s", len(units), units[0].place, reason)
             continue
+        dtypes |= own
         groups: dict[Any, list[Unit]] = {}
         for unit in units:
             groups.setdefault(unit.key, []).append(unit)
@@ -156,11 +161,21 @@ def share_layers(module: fx.GraphModule) -> int:
     return count
 
 
+def dtypes_of_calls(module: fx.GraphModule) -> dict[str, torch.dtype]:
+    """Return device type -> dtype of the autocasts in force at calls of shared layers."""
+    calls = [n for n in module.graph.find_nodes(op="call_function", target=INVOKE) if _is_ours(n)]
+    return {kind: dtype for n in calls for kind, dtype in autocast_dtypes(n).items()}
+
+
 def all_calls_are_ours(module: fx.GraphModule) -> bool:
     """Whether there are calls of graphs, and each is of a layer shared here: none of those writes to what goes in."""
     graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
     calls = [n for g in graphs for n in g.find_nodes(op="call_function", target=INVOKE)]
-    return bool(calls) and all(str(n.args[1]).startswith(NAME.format("")) for n in calls)
+    return bool(calls) and all(map(_is_ours, calls))
+
+
+def _is_ours(call: fx.Node) -> bool:
+    return str(call.args[1]).startswith(NAME.format(""))
 
 
 # -- what repeats --------------------------------------------------------------------------------------
@@ -248,8 +263,6 @@ def _reason_against(module: fx.GraphModule, units: Sequence[Unit]) -> str | None
     place = {n: i for i, n in enumerate(module.graph.nodes)}
     if any(node_name(n) in ("grad", "backward") for n in place):
         return "the graph computes gradients itself"
-    if open_autocasts(units[0].nodes[0]):
-        return "they are within an autocast of the graph"
     among = [*place][min(place[n] for n in units[0].nodes) : place[units[-1].nodes[-1]]]
     if any(map(_switches, among)):
         return "a mode is switched among them"
@@ -266,7 +279,13 @@ def _reason_against(module: fx.GraphModule, units: Sequence[Unit]) -> str | None
         if any(place[u] < place[unit.nodes[-1]] for u in readers):
             return "a value is read before the last of its layer is computed"
     mode = fake_mode_of([fake(n) for n in units[0].inputs])
-    return _reason_within(units[0].nodes, mode)
+    with in_autocasts_of(units[0].nodes[0]):
+        return _reason_within(units[0].nodes, mode)
+
+
+def _reason_between(dtypes: Mapping[str, torch.dtype], own: Mapping[str, torch.dtype]) -> str | None:
+    differ = any(dtypes.get(kind, dtype) != dtype for kind, dtype in own.items())
+    return "others share under an autocast to another dtype" if differ else None
 
 
 def _switches(node: fx.Node) -> bool:
@@ -289,8 +308,11 @@ def _reason_within(nodes: Sequence[fx.Node], mode: Any) -> str | None:
             if node.target is not CHECKPOINT:
                 return f"{node.name} has a graph of its own"
         elif node.op != "get_attr" and not any(u.target is CHECKPOINT for u in node.all_input_nodes):
-            with _Watch() as watch:
-                run_on_fakes(node, mode)
+            try:
+                with _Watch() as watch:
+                    run_on_fakes(node, mode)
+            except Exception as e:
+                return f"{node.name} can't be run on fake values: {e}"
             if watch.found:
                 return watch.found
     return None

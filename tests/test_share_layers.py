@@ -132,6 +132,31 @@ def test_under_autocast(autocast: bool, shared: list[int]) -> None:
     assert shared == [LAYERS]
 
 
+def test_under_an_autocast_within(shared: list[int]) -> None:
+    """As Transformers' Trainer has it."""
+
+    class Within(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = hf("llama", num_hidden_layers=LAYERS)
+
+        def forward(self, **inputs: torch.Tensor) -> Any:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                return self.model(**inputs)
+
+    torch.manual_seed(0)
+    model, inputs, found = Within(), hf_inputs("llama"), []
+    for share in (True, False):
+        torch._dynamo.reset()
+        model.zero_grad()
+        fn = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER, "mst.share_layers": share})
+        fn(**inputs).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert shared == [LAYERS]
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("count", [2, 6])
 def test_a_layer_is_traced_as_often_however_many_share_it(count: int, shared: list[int], looked: list[str]) -> None:
     torch.compile(Layers(F.relu, count), backend="mst", options={**OPTIONS, **EAGER})(**tokens(True)).backward()
@@ -303,7 +328,7 @@ def test_another_length_is_compiled_apart(shared: list[int]) -> None:
 
 @pytest.mark.parametrize("within", [False, True])
 def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[int]) -> None:
-    """Entered within the graph, it would be the default's in a shared backward: 1.8 times the error here."""
+    """A shared backward is traced outside of it, where it would be the default's: 1.8 times the error here."""
 
     class Cast(Layers):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -311,6 +336,7 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
                 return super().forward(x)
 
     torch.manual_seed(0)
+    before = torch.get_autocast_dtype(DEVICE)
     model = Cast(torch.tanh)
     inputs, found = tokens(requires_grad=True), []
     for share in (True, False):
@@ -325,7 +351,37 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
             loss = fn(**inputs)
         loss.backward()
         found.append([p.grad for p in model.parameters()])
-    assert shared == [0 if within else LAYERS]
+    assert shared == [LAYERS]
+    assert torch.get_autocast_dtype(DEVICE) == before
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+def test_autocasts_to_two_dtypes(shared: list[int]) -> None:
+    """Torch has one default: the first that share get it."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Layers(torch.tanh), Layers(torch.tanh)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(DEVICE, torch.float16):
+                first = self.first(x)
+            x = (x + first.tanh()).roll(1, 1)  # or both would be one sequence of layers, with a switch among them
+            with torch.autocast(DEVICE, torch.bfloat16):
+                return self.second(x)
+
+    torch.manual_seed(0)
+    model, inputs, found = Twice(), tokens(requires_grad=True), []
+    for share in (True, False):
+        torch._dynamo.reset()
+        model.zero_grad()
+        torch.compile(model, backend="mst", options={**OPTIONS, **EAGER, "mst.share_layers": share})(
+            **inputs
+        ).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert shared == [LAYERS]
     for together, apart in zip(*found, strict=True):
         torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
