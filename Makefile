@@ -22,7 +22,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	MST_FUZZ=40 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 
 import mst_fx
@@ -15,6 +16,17 @@ import mst_fx
 EAGER = {"mst.compiler": "aot_eager"}
 DEVICE = torch.get_default_device().type
 """Of tensors that name none; see ``--device``."""
+
+
+def slow_but(kept: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Return cases as parameters, slow but for those kept in ``make test``; a case of several values is a tuple."""
+    kept = [*kept]
+
+    def parameter(case: Any) -> Any:
+        marks = () if case in kept else pytest.mark.slow
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+
+    return [parameter(case) for case in cases]
 
 
 @dataclasses.dataclass

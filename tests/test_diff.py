@@ -14,6 +14,7 @@ import mst_fx
 from mst_fx import cli
 from mst_fx.graph_diff import fold_paths, hunks
 from mst_fx.render import short_source
+from tests.harness import slow_but
 from tests.models import LARGE, NEAR_MISSES, LanguageModel, NanoBlock, SwiGLU, hf, hf_inputs, token_inputs
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -41,7 +42,7 @@ def explain(model: nn.Module, inputs: dict) -> mst_fx.Report:
     return mst_fx.explain(model, OPTIONS)(**inputs)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", slow_but(["llama"], ["llama", "gemma2", "gpt2"]))
 def test_transformers_model(name: str) -> None:
     check_golden(name, explain(hf(name), hf_inputs(name)).diff())
 

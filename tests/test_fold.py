@@ -14,7 +14,7 @@ import mst_fx
 from mst_fx import chunking
 from mst_fx.recipe import enable_checkpointing
 
-from .harness import EAGER, check_exact, chunked
+from .harness import EAGER, check_exact, chunked, slow_but
 from .models import H, I, S, V, hf, hf_inputs, token_inputs
 
 OPTIONS = {**EAGER, "mst.chunk_tokens": 8}
@@ -218,7 +218,7 @@ def executions(fn: Callable[[], Any]) -> Counter[str]:
     return Counter(e.name for e in profile.events())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen2"])
+@pytest.mark.parametrize("name", slow_but(["llama", "gpt2"], ["llama", "gemma2", "gpt2", "qwen2"]))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_forwards_of_each_mlp(name: str, checkpointing: bool) -> None:
     """A step runs every MLP once forward and once again in the backward; checkpointing makes that no third time."""
@@ -234,7 +234,7 @@ def test_two_forwards_of_each_mlp(name: str, checkpointing: bool) -> None:
     assert (count["mst_fx::map"], count["mst_fx::map_backward"]) == (2, 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", slow_but(["llama"], ["llama", "gemma2"]))
 def test_inductor_saves_what_checkpointed_blocks_return(name: str) -> None:
     """Its partitioner can't save a loop's result between two blocks, and would run all of them again, MLPs too."""
     model = hf(name)

@@ -86,21 +86,23 @@ HALF = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dty
 CASES = {
     "whole": train,
     "per block": functools.partial(train, per_block=True),
-    "one group": functools.partial(train, shard_blocks=False),
     "head apart": functools.partial(train, head_apart=True),
     "kept gathered": functools.partial(train, reshard_after_forward=False),
     "offloaded": functools.partial(train, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bf16": functools.partial(train, **HALF),
-    "bf16 per block": functools.partial(train, per_block=True, **HALF),
     "accumulation": functools.partial(train, made={"micro": 2}),
     "lengths": functools.partial(train, made={"lengths": (9, 23), "count": 40}),
-    "ignored": functools.partial(train, made={"ignored": 1}),
     "ignored, summed": functools.partial(train, made={"ignored": 1, "count": 40}),
     "llama": functools.partial(train, build=functools.partial(llama, tie_word_embeddings=True)),
     # What accelerate asks for: the model's own group, head and all, is freed after the forward too.
     "llama, resharded": functools.partial(train, build=llama, reshard_after_forward=True),
 }
-SLOW = {"llama, checkpointing": functools.partial(train, build=llama, checkpointing=True)}
+SLOW = {
+    "one group": functools.partial(train, shard_blocks=False),
+    "bf16 per block": functools.partial(train, per_block=True, **HALF),
+    "ignored": functools.partial(train, made={"ignored": 1}),
+    "llama, checkpointing": functools.partial(train, build=llama, checkpointing=True),
+}
 FOUR = {"four processes": functools.partial(train, made={"lengths": (9, 23, 16, 40), "ignored": 2, "count": 40})}
 
 
@@ -138,7 +140,7 @@ def test_logits_whose_weights_are_freed_say_so(results: list[dict[str, Any]]) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_checkpointing(slow_results: list[dict[str, Any]], name: str) -> None:
+def test_more_gradients_and_collectives(slow_results: list[dict[str, Any]], name: str) -> None:
     check(name, slow_results)
 
 

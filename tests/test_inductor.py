@@ -57,6 +57,7 @@ def test_promised_module() -> None:
 
 
 @linux
+@pytest.mark.slow
 def test_peak_is_below_the_tensors_that_must_not_exist() -> None:
     peaks = run_script("""
         import json, torch
@@ -134,6 +135,7 @@ def test_a_kernel_that_fails_in_the_background_leaves_its_region(monkeypatch: py
     torch.testing.assert_close(loss, model(**inputs))
 
 
+@pytest.mark.slow
 def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
     """Those of the outer graphs are begun before Inductor's module asks for them, and each is compiled once."""
     early, asked, built = run_script(
@@ -171,6 +173,7 @@ def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
     assert built == [asked, asked]
 
 
+@pytest.mark.slow
 def test_old_objects_are_frozen_while_a_graph_compiles() -> None:
     """And what the user has frozen stays frozen."""
     counts = run_script("""
@@ -230,6 +233,7 @@ def test_entry_point_needs_no_import() -> None:
     assert names == [False, True, False, True]
 
 
+@pytest.mark.slow
 def test_gpt2_is_one_graph_in_a_fresh_process() -> None:
     chunked = run_script("""
         import json, torch, sys
@@ -258,6 +262,7 @@ def test_short_first_lengths_do_not_settle_later_long_ones() -> None:
     assert len(second.chunked) == 2
 
 
+@pytest.mark.slow
 def test_aot_eager_and_inductor_agree_on_a_no_grad_prompt() -> None:
     model, inputs = hf("llama").eval(), hf_inputs("llama")
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mst_fx
-from tests.harness import EAGER, chunked
+from tests.harness import EAGER, chunked, slow_but
 from tests.models import LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
@@ -48,7 +48,7 @@ def test_logits_in_evaluation(mode: str) -> None:
         torch.testing.assert_close(fn(**inputs).logits + 0, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", slow_but(["dynamic"], ["dynamic", "static"]))
 def test_generation(cache: str) -> None:
     model = hf("llama").eval()
     model.config.use_cache = True

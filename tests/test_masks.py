@@ -1,11 +1,13 @@
 """Masks proved from how they are computed, and the near-misses that must stay."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.harness import check_exact, reasons
+from tests.harness import check_exact, reasons, slow_but
 from tests.models import hf
 
 S = 24
@@ -71,8 +73,10 @@ def test_a_mask_changed_in_place_stays():
     assert "is proved" not in reasons(run(Attention(PROVED["k <= q"], change=True)).report)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "dynamic"),
+    slow_but([(True, None), (False, True)], itertools.product([False, True], [None, True])),
+)
 def test_masks_of_transformers(checkpointing, dynamic):
     """Llama's masks are proved, those of a window shorter than the sequence and of a padded batch are not."""
     ids = torch.randint(1, 128, (2, S))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mst_fx import layers
-from tests.harness import DEVICE, EAGER, check_exact, error
+from tests.harness import DEVICE, EAGER, check_exact, error, slow_but
 from tests.models import hf, hf_inputs
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers share a graph on torch >= 2.13")
@@ -88,7 +89,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # -- shared ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", slow_but(["llama", "gemma2"], ["llama", "gpt2", "gemma2"]))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_models_are_exact(name: str, checkpointing: bool, shared: list[int]) -> None:
     """Alternating layers share in pairs."""
@@ -101,8 +102,13 @@ def test_models_are_exact(name: str, checkpointing: bool, shared: list[int]) -> 
     assert sum(shared) >= 2, shared
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("compiler", "checkpointing"),
+    slow_but(
+        [("aot_eager", False), ("aot_eager", True), ("inductor", True)],
+        itertools.product(["aot_eager", "inductor"], [False, True]),
+    ),
+)
 def test_same_bits_as_apart(compiler: str, checkpointing: bool, shared: list[int]) -> None:
     torch.manual_seed(0)
     model = hf("llama", num_hidden_layers=LAYERS)
@@ -124,11 +130,9 @@ def test_same_bits_as_apart(compiler: str, checkpointing: bool, shared: list[int
         torch.testing.assert_close(together, apart, **within)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_under_autocast(autocast: bool, shared: list[int]) -> None:
+def test_under_autocast(shared: list[int]) -> None:
     torch.manual_seed(0)
-    check_exact(hf("llama", num_hidden_layers=LAYERS), hf_inputs("llama"), options={**OPTIONS, **EAGER},
-                autocast=autocast)  # fmt: skip
+    check_exact(hf("llama", num_hidden_layers=LAYERS), hf_inputs("llama"), options={**OPTIONS, **EAGER}, autocast=True)
     assert shared == [LAYERS]
 
 

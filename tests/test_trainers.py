@@ -103,6 +103,7 @@ def test_trainer(tmp_path, bf16):
         same_weights(ours.model, plain.model, 1e-4)
 
 
+@pytest.mark.slow
 def test_trainer_saves_and_resumes(tmp_path):
     whole = train(tiny(), tmp_path / "whole")
     train(tiny(), tmp_path / "broken", max_steps=4, save_strategy="steps", save_steps=2)
