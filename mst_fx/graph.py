@@ -143,10 +143,13 @@ def in_autocasts_of(node: fx.Node) -> Iterator[None]:
 
 def autocast_dtypes(node: fx.Node) -> dict[str, torch.dtype]:
     """Return device type -> dtype of the autocasts in force at a node, around the compiled function or in its graph."""
-    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in _kinds() if torch.is_autocast_enabled(kind)}
-    for kind, dtype, *_ in (n.args for n in open_autocasts(node)):
-        dtypes[str(kind)] = torch.get_autocast_dtype(str(kind)) if dtype is None else dtype  # pyright: ignore
-    return dtypes
+    with in_autocasts_of(node):
+        return dtypes_now()
+
+
+def dtypes_now() -> dict[str, torch.dtype]:
+    """Return device type -> dtype of the autocasts in force."""
+    return {kind: torch.get_autocast_dtype(kind) for kind in _kinds() if torch.is_autocast_enabled(kind)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ Facts this file rests on (seen on 2.13):
     * The graph may neither change nor return its inputs, and Inductor takes no symbolic sizes for it.
     * A backward is traced with the dispatch keys of its forward but the autocast dtype of where it is traced: with an
       autocast that a graph enters itself that is the default, to which products would be cast once more. So the graph
-      is compiled with the dtype of its own for a default (``dtypes_of_calls``).
+      is compiled with the dtype of its own for a default (``dtypes_of_calls``), where nothing else asks for that.
     * CUDA graphs and the C++ wrapper do not see what is inside; ``inductor.shares_layers`` refuses both.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mst_fx.graph import (
     CHECKPOINT,
     autocast_dtypes,
+    dtypes_now,
     fake,
     in_autocasts_of,
     is_autocast_switch,
     is_grad_switch,
     is_in_place,
     node_name,
+    open_autocasts,
     run_on_fakes,
     source_of,
     storages,
@@ -136,14 +138,11 @@ def share_layers(module: fx.GraphModule) -> int:
         module: A rewritten Dynamo graph with fake values in ``meta["example_value"]``.
     """
     count = 0
-    dtypes: dict[str, torch.dtype] = {}
     for units in [*_repeats([n for n in module.graph.nodes if n.op not in _GIVEN])]:
-        own = autocast_dtypes(units[0].nodes[0])
-        reason = _reason_against(module, units) or _reason_between(dtypes, own)
+        reason = _reason_against(module, units) or _reason_around(module, units[0].nodes[0])
         if reason:
             log.debug("mst: %d layers are compiled one by one, the first at %s: %s", len(units), units[0].place, reason)
             continue
-        dtypes |= own
         groups: dict[Any, list[Unit]] = {}
         for unit in units:
             groups.setdefault(unit.key, []).append(unit)
@@ -283,9 +282,28 @@ def _reason_against(module: fx.GraphModule, units: Sequence[Unit]) -> str | None
         return _reason_within(units[0].nodes, mode)
 
 
-def _reason_between(dtypes: Mapping[str, torch.dtype], own: Mapping[str, torch.dtype]) -> str | None:
-    differ = any(dtypes.get(kind, dtype) != dtype for kind, dtype in own.items())
-    return "others share under an autocast to another dtype" if differ else None
+def _reason_around(module: fx.GraphModule, place: fx.Node) -> str | None:
+    """Return what keeps layers from being shared under the autocasts in force at a place of the graph.
+
+    One around the compiled function is lost to a shared layer that the graph calls under one of its own. And what
+    else there is may not change with the default that layers under one need.
+    """
+    if dtypes_now() and open_autocasts(place):
+        return "they are within an autocast of the graph, and that within another"
+    nodes = [n for m in module.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+    for kind, dtype in autocast_dtypes(place).items():
+        if dtype == torch.get_autocast_dtype(kind):
+            continue
+        entered = [n.args for n in nodes if is_autocast_switch(n) and n.args[0] == kind]
+        if any(enabled and given != dtype for _, given, enabled, *_ in entered):
+            return "another autocast is not to the same dtype"
+        if any(isinstance(n.target, torch._ops.HigherOrderOperator) and not _has_no_default(n) for n in nodes):
+            return "they are within an autocast, and the graph holds others that may be"
+    return None
+
+
+def _has_no_default(node: fx.Node) -> bool:
+    return node.target is CHECKPOINT or (node.target is INVOKE and _is_ours(node))
 
 
 def _switches(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -362,7 +363,7 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
 
 
 def test_autocasts_to_two_dtypes(shared: list[int]) -> None:
-    """Torch has one default: the first that share get it."""
+    """Torch has one default: layers under another share only where nothing else would change with it."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -386,6 +387,59 @@ def test_autocasts_to_two_dtypes(shared: list[int]) -> None:
         ).backward()
         found.append([p.grad for p in model.parameters()])
     assert shared == [LAYERS]
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+HALF = torch.float16
+AROUND: dict[str, tuple[Any, tuple[Any, ...], Any, int]] = {
+    "within one without a dtype": (None, ((HALF, True), (None, True)), (HALF, False), 0),
+    "another without a dtype": (None, ((HALF, True),), (None, True), 0),
+    "in another around the function": (torch.bfloat16, ((HALF, True),), (HALF, False), 0),
+    "switched off in one around the function": (torch.bfloat16, ((HALF, False),), (HALF, False), 0),
+    "one that torch switches off": (torch.bfloat16, ((torch.float32, True),), (HALF, False), 0),
+    "switched off": (None, ((HALF, False),), (None, True), LAYERS),
+    "others switched off": (None, ((HALF, True),), (torch.bfloat16, False), LAYERS),
+}
+"""Name -> autocast around the function, those around layers (dtype, enabled), that around the head, layers shared."""
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_autocasts_around_and_beside(name: str, shared: list[int]) -> None:
+    """Whatever else is under an autocast computes what it does without sharing."""
+    around, within, beside, expected = AROUND[name]
+
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype is torch.float32 else x.float()
+
+    class Beside(Layers):
+        def __init__(self) -> None:
+            super().__init__(torch.tanh)
+            self.first, self.head = nn.Linear(H, H), nn.Linear(H, H)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = wide(self.first(x))
+            with torch.autocast(DEVICE, *within[0]), torch.autocast(DEVICE, *within[-1]):
+                for layer in self.layers:
+                    x = layer(x)
+            with torch.autocast(DEVICE, *beside):
+                x = self.head(wide(x).roll(1, 1))
+            return wide(x).cumsum(1).square().mean()
+
+    torch.manual_seed(0)
+    model, inputs, found = Beside(), tokens(requires_grad=True), []
+    for share in (True, False):
+        torch._dynamo.reset()
+        model.zero_grad()
+        fn = torch.compile(
+            model, backend="mst", options={**OPTIONS, **EAGER, "mst.share_layers": share}, fullgraph=True
+        )
+        with torch.autocast(DEVICE, around) if around else contextlib.nullcontext():
+            loss = fn(**inputs)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert sum(shared) == expected
     for together, apart in zip(*found, strict=True):
         torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
