@@ -106,6 +106,7 @@ def test_symbolic_tokens_are_reported_as_such() -> None:
     assert all(isinstance(r.tokens, str) for r in mst_fx.reports()[-1].regions)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_in_the_background_leaves_its_region(monkeypatch: pytest.MonkeyPatch) -> None:
     import mst_fx
     from mst_fx import inductor, kernels

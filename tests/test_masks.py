@@ -92,6 +92,7 @@ def test_masks_of_transformers(checkpointing, dynamic):
     assert "is proved" not in reasons(padded.report)
 
 
+@pytest.mark.slow
 def test_a_window_of_transformers_stays():
     ids = torch.randint(1, 128, (2, S))
     found = check_exact(hf("mistral", sliding_window=8), {"input_ids": ids, "labels": ids})

@@ -46,6 +46,7 @@ def assert_same(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Mo
         assert layers[0] == layers[1]
 
 
+@pytest.mark.slow
 def test_few_layers_tell_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(LanguageModel(*(SwiGLU() for _ in range(7))), token_inputs(), monkeypatch)
 

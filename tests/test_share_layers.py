@@ -444,6 +444,7 @@ def test_autocasts_around_and_beside(name: str, shared: list[int]) -> None:
         torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_caches_know_what_is_within_a_layer() -> None:
     """Two models whose outer graphs are alike, on one cache folder; only what their layers call differs."""
     for extra in (torch.tanh, torch.sin):
