@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.measurements import LENGTHS_SHOWN, MEASUREMENTS, RESULTS, SERIES, Rows, load, save, too_slow_here
+from mst_fx.bench.turns import median_ratio
 from mst_fx.config import did_you_mean
 from mst_fx.measure import prepare_compiler
 
@@ -53,7 +54,7 @@ def _median_ratio(rows: Rows, system: str, base: str) -> float:
         if asked in rows.get("reasons", {}):
             raise _MissingError(f"{asked}: {rows['reasons'][asked]}")
     times = rows["cpu_s" if rows["clock"] == "cpu" else "steps_s"]
-    return statistics.median(a / b for a, b in zip(times[system], times[base], strict=True))
+    return median_ratio(times[system], times[base])
 
 
 def _cells(name: str, system: str, base: str, key: str) -> Callable[[], float]:

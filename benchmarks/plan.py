@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from typing import Any
@@ -27,7 +26,7 @@ from benchmarks.figures import replace_table
 from benchmarks.measurements import RESULTS
 from mst_fx.bench.cell import device_name, versions
 from mst_fx.bench.questions import environment, too_much
-from mst_fx.bench.turns import by_turns
+from mst_fx.bench.turns import by_turns, median_ratio
 from mst_fx.bench.works import WORKS, Work, check_sizes
 from mst_fx.models import DTYPES
 
@@ -94,18 +93,14 @@ def lines(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return the table; times and peaks are ratios to plain Inductor."""
     found = []
     for case, row in rows.items():
-        time_of = {k: _ratio(v, row["cpu_s"]["plain"]) for k, v in row["cpu_s"].items()}
+        time_of = {k: median_ratio(v, row["cpu_s"]["plain"]) for k, v in row["cpu_s"].items()}
         fastest = min((k for k in time_of if k != "plain"), key=lambda k: time_of[k])
         chosen = "plain" if row["chosen"] is None else str(row["chosen"])
         peak = row["peak_bytes"][chosen] / row["peak_bytes"]["plain"]
-        best = _ratio(row["cpu_s"][chosen], row["cpu_s"][fastest])
+        best = median_ratio(row["cpu_s"][chosen], row["cpu_s"][fastest])
         found.append((case, "left alone" if chosen == "plain" else chosen, f"{time_of[chosen]:.2f}", f"{peak:.2f}",
                       fastest, f"{time_of[fastest]:.2f}", f"{best:.2f}"))  # fmt: skip
     return found
-
-
-def _ratio(times: list[float], base: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
 def main() -> None:

@@ -99,7 +99,12 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
 def ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
     """Return the median over rounds of every system's time by the first system's in the same round."""
     first = next(iter(times.values()), [])
-    return {s: statistics.median(b / a for a, b in zip(first, t, strict=True)) for s, t in times.items()}
+    return {s: median_ratio(t, first) for s, t in times.items()}
+
+
+def median_ratio(times: list[float], base: list[float]) -> float:
+    """Return the median over rounds of one system's time by another's in the same round."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
 if __name__ == "__main__":
