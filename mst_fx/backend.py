@@ -18,8 +18,7 @@ from torch import fx
 
 from mst_fx import buckets, inductor, kernels
 from mst_fx.config import Config, OptionError
-from mst_fx.graph import default_autocast_dtypes
-from mst_fx.layers import all_calls_are_ours, dtypes_of_calls, share_layers
+from mst_fx.layers import share_layers, tracing_of_calls
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
 from mst_fx.pipeline import run_passes
@@ -94,10 +93,8 @@ def _compile(
         report = dataclasses.replace(report, notes=(*report.notes, _PIECE))
     chunked, options = bool(report.chunked), dict(config.inductor)
     whole = not (piece or buckets.cutting())
-    if chunked and whole and config.share_layers and inductor.shares_layers(config.compiler, options):
-        share_layers(module)
-    looked_for = inductor.writes_not_looked_for() if all_calls_are_ours(module) else contextlib.nullcontext()
-    with looked_for, default_autocast_dtypes(dtypes_of_calls(module)):
+    shares = chunked and whole and config.share_layers and inductor.shares_layers(config.compiler, options)
+    with tracing_of_calls(module) if shares and share_layers(module) else contextlib.nullcontext():
         compiled = buckets.compile_graph(module, example_inputs, config.compiler, options, chunked)
     return compiled, report, logits
 

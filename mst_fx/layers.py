@@ -11,12 +11,13 @@ Facts this file rests on (seen on 2.13):
     * The graph may neither change nor return its inputs, and Inductor takes no symbolic sizes for it.
     * A backward is traced with the dispatch keys of its forward but the autocast dtype of where it is traced: with an
       autocast that a graph enters itself that is the default, to which products would be cast once more. So the graph
-      is compiled with the dtype of its own for a default (``dtypes_of_calls``), where nothing else asks for that.
+      is compiled with the dtype of its own for a default (``tracing_of_calls``), where nothing else asks for that.
     * CUDA graphs and the C++ wrapper do not see what is inside; ``inductor.shares_layers`` refuses both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import operator
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mst_fx.graph import (
     CHECKPOINT,
     autocast_dtypes,
+    default_autocast_dtypes,
     dtypes_now,
     fake,
     in_autocasts_of,
@@ -43,7 +45,7 @@ from mst_fx.graph import (
     source_of,
     storages,
 )
-from mst_fx.inductor import fake_mode_of, is_plain_fake
+from mst_fx.inductor import fake_mode_of, is_plain_fake, writes_not_looked_for
 
 log = logging.getLogger(__name__)
 
@@ -160,17 +162,20 @@ def share_layers(module: fx.GraphModule) -> int:
     return count
 
 
-def dtypes_of_calls(module: fx.GraphModule) -> dict[str, torch.dtype]:
-    """Return device type -> dtype of the autocasts in force at calls of shared layers."""
-    calls = [n for n in module.graph.find_nodes(op="call_function", target=INVOKE) if _is_ours(n)]
-    return {kind: dtype for n in calls for kind, dtype in autocast_dtypes(n).items()}
+@contextlib.contextmanager
+def tracing_of_calls(module: fx.GraphModule) -> Iterator[None]:
+    """Return the settings under which torch is to trace a graph that calls shared layers.
 
-
-def all_calls_are_ours(module: fx.GraphModule) -> bool:
-    """Whether there are calls of graphs, and each is of a layer shared here: none of those writes to what goes in."""
+    The dtypes of the autocasts that the calls are under are the defaults. And where every graph called is of a layer
+    shared here, none writes to what goes in, so that torch need not look.
+    """
     graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
     calls = [n for g in graphs for n in g.find_nodes(op="call_function", target=INVOKE)]
-    return bool(calls) and all(map(_is_ours, calls))
+    ours = [n for n in calls if _is_ours(n)]
+    dtypes = {kind: dtype for n in ours for kind, dtype in autocast_dtypes(n).items()}
+    looked_for = writes_not_looked_for() if len(ours) == len(calls) else contextlib.nullcontext()
+    with looked_for, default_autocast_dtypes(dtypes):
+        yield
 
 
 def _is_ours(call: fx.Node) -> bool:

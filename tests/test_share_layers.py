@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers shar
 LAYERS = 3
 H, I = 16, 48  # noqa: E741
 OPTIONS = {"mst.chunk_tokens": 8}
+SAME_BITS = {"rtol": 0, "atol": 0}
 
 
 @pytest.fixture
@@ -73,6 +74,39 @@ def tokens(requires_grad: bool = False) -> dict[str, Any]:
     return {"x": torch.randn(2, 23, H, requires_grad=requires_grad)}
 
 
+def together_and_apart(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    within: dict[str, float] = SAME_BITS,
+    fn: Callable[..., Any] | None = None,
+    around: Callable[[], Any] = contextlib.nullcontext,
+    **options: Any,
+) -> None:
+    """Compare loss and gradients with layers shared with those of layers compiled one by one.
+
+    Args:
+        model: Whose gradients are compared.
+        inputs: What is called with.
+        within: The tolerances.
+        fn: What is compiled, the model itself if None; it gives the loss or an output with one.
+        around: Makes the context it is called in.
+        options: More options of the backend.
+    """
+    found = []
+    for share in (True, False):
+        torch._dynamo.reset()
+        model.zero_grad()
+        given = {**OPTIONS, **EAGER, **options, "mst.share_layers": share}
+        compiled = torch.compile(fn or model, backend="mst", fullgraph=True, options=given)
+        with around():
+            out = compiled(**inputs)
+        loss = out if isinstance(out, torch.Tensor) else out.loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for shared, alone in zip(*found, strict=True):
+        torch.testing.assert_close(shared, alone, **within)
+
+
 @pytest.fixture
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the graphs that torch traces from here on to see whether they write to an input."""
@@ -115,20 +149,10 @@ def test_same_bits_as_apart(compiler: str, checkpointing: bool, shared: list[int
     model = hf("llama", num_hidden_layers=LAYERS)
     if checkpointing:
         model.gradient_checkpointing_enable()  # pyright: ignore
-    inputs = hf_inputs("llama")
-    found = []
-    for share in (True, False):
-        torch._dynamo.reset()
-        model.zero_grad()
-        options = {**OPTIONS, "mst.compiler": compiler, "mst.share_layers": share}
-        loss = torch.compile(model, backend="mst", options=options)(**inputs).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert shared == [LAYERS]
     # Inductor fuses norms at the seam of two layers otherwise, which orders a sum differently.
-    within = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {"rtol": 1e-5, "atol": 1e-6}
-    for together, apart in zip(*found, strict=True):
-        torch.testing.assert_close(together, apart, **within)
+    within = SAME_BITS if compiler == "aot_eager" else {"rtol": 1e-5, "atol": 1e-6}
+    together_and_apart(model, hf_inputs("llama"), within, **{"mst.compiler": compiler})
+    assert shared == [LAYERS]
 
 
 def test_under_autocast(shared: list[int]) -> None:
@@ -150,16 +174,8 @@ def test_under_an_autocast_within(shared: list[int]) -> None:
                 return self.model(**inputs)
 
     torch.manual_seed(0)
-    model, inputs, found = Within(), hf_inputs("llama"), []
-    for share in (True, False):
-        torch._dynamo.reset()
-        model.zero_grad()
-        fn = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER, "mst.share_layers": share})
-        fn(**inputs).loss.backward()
-        found.append([p.grad for p in model.parameters()])
+    together_and_apart(Within(), hf_inputs("llama"))
     assert shared == [LAYERS]
-    for together, apart in zip(*found, strict=True):
-        torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("count", [2, 6])
@@ -343,23 +359,14 @@ def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[i
     torch.manual_seed(0)
     before = torch.get_autocast_dtype(DEVICE)
     model = Cast(torch.tanh)
-    inputs, found = tokens(requires_grad=True), []
-    for share in (True, False):
-        torch._dynamo.reset()
-        model.zero_grad()
-        fn = torch.compile(
-            model if within else super(Cast, model).forward,
-            backend="mst",
-            options={**OPTIONS, **EAGER, "mst.share_layers": share},
-        )
-        with torch.autocast(DEVICE, torch.float16, enabled=not within):
-            loss = fn(**inputs)
-        loss.backward()
-        found.append([p.grad for p in model.parameters()])
+    together_and_apart(
+        model,
+        tokens(requires_grad=True),
+        fn=model if within else super(Cast, model).forward,
+        around=lambda: torch.autocast(DEVICE, torch.float16, enabled=not within),
+    )
     assert shared == [LAYERS]
     assert torch.get_autocast_dtype(DEVICE) == before
-    for together, apart in zip(*found, strict=True):
-        torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
 def test_autocasts_to_two_dtypes(shared: list[int]) -> None:
@@ -378,17 +385,8 @@ def test_autocasts_to_two_dtypes(shared: list[int]) -> None:
                 return self.second(x)
 
     torch.manual_seed(0)
-    model, inputs, found = Twice(), tokens(requires_grad=True), []
-    for share in (True, False):
-        torch._dynamo.reset()
-        model.zero_grad()
-        torch.compile(model, backend="mst", options={**OPTIONS, **EAGER, "mst.share_layers": share})(
-            **inputs
-        ).backward()
-        found.append([p.grad for p in model.parameters()])
+    together_and_apart(Twice(), tokens(requires_grad=True))
     assert shared == [LAYERS]
-    for together, apart in zip(*found, strict=True):
-        torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
 HALF = torch.float16
@@ -428,20 +426,12 @@ def test_autocasts_around_and_beside(name: str, shared: list[int]) -> None:
             return wide(x).cumsum(1).square().mean()
 
     torch.manual_seed(0)
-    model, inputs, found = Beside(), tokens(requires_grad=True), []
-    for share in (True, False):
-        torch._dynamo.reset()
-        model.zero_grad()
-        fn = torch.compile(
-            model, backend="mst", options={**OPTIONS, **EAGER, "mst.share_layers": share}, fullgraph=True
-        )
-        with torch.autocast(DEVICE, around) if around else contextlib.nullcontext():
-            loss = fn(**inputs)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    together_and_apart(
+        Beside(),
+        tokens(requires_grad=True),
+        around=lambda: torch.autocast(DEVICE, around) if around else contextlib.nullcontext(),
+    )
     assert sum(shared) == expected
-    for together, apart in zip(*found, strict=True):
-        torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
 @pytest.mark.slow
