@@ -2,7 +2,7 @@
 
 The entry point group ``torch_dynamo_backends`` names ``mst``; nothing need be imported. Torch loads the
 entry point when ``torch.compile`` is called, before Dynamo traces, so the few settings that joining
-graphs needs are made here, at import, and the C++ compiler is asked early what it can do.
+graphs needs are made here, at import, and what Inductor asks once per process is asked early.
 """
 
 from __future__ import annotations
@@ -161,4 +161,4 @@ def _log_any_settings() -> None:
 
 join_graphs()
 buckets.rewrite_before_cutting(mst)
-kernels.probe_cpu()
+kernels.prepare()

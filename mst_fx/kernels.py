@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch._inductor import cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.codecache import CppPythonBindingsCodeCache, torch_key
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
 _waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
@@ -75,15 +75,38 @@ def early() -> Iterator[None]:
         yield
 
 
-def probe_cpu() -> None:
-    """Start in the background what Inductor asks the C++ compiler once per machine: which vector instructions work.
+def prepare() -> None:
+    """Start in the background what Inductor asks once per process, for Dynamo to trace meanwhile.
 
-    Inductor asks for one instruction set after another when it meets its first CPU kernel; here they are built side
-    by side while Dynamo traces. The answers are cached by torch, in the process and on disk.
+    That is the hash of torch's sources, part of every cache key, and on a CPU which vector instructions work, where
+    Inductor asks for one set after another (here side by side), and what its header comes to, with which every kernel
+    is compiled. Torch keeps the answers, in the process and on disk.
     """
-    if torch.cuda.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+    threading.Thread(target=_prepare, daemon=True).start()
+
+
+def _prepare() -> None:
+    with contextlib.suppress(Exception):  # whatever fails here fails again where it can be reported
+        if not torch.cuda.is_available():
+            _probe_cpu()
+            code = f"// at::vec::\n{_EMPTY_KERNEL}"
+            CppPythonBindingsCodeCache.load_pybinding_async(["const float*"], code, submit_fn=lambda compiler: None)
+        torch_key()
+
+
+_EMPTY_KERNEL = 'extern "C" void kernel(const float* in) {}\n'
+
+
+def _probe_cpu() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
         return
     present = cpu_vec_isa.x86_isa_checker()
-    for isa in cpu_vec_isa.supported_vec_isa_list:
-        if all(flag in present for flag in str(isa).split()):
-            threading.Thread(target=bool, args=(isa,), daemon=True).start()
+    probes = [
+        threading.Thread(target=bool, args=(isa,), daemon=True)
+        for isa in cpu_vec_isa.supported_vec_isa_list
+        if all(flag in present for flag in str(isa).split())
+    ]
+    for probe in probes:
+        probe.start()
+    for probe in probes:
+        probe.join()

@@ -113,6 +113,7 @@ def _run_on(graph: Graph, context: Context) -> None:
             if node not in known:
                 node.meta["mst_new"] = True
         verify(graph.module, before, name, context.fake_mode)
+    graph.module.recompile()
 
 
 KEPT = ("example_value", "stack_trace", "nn_module_stack", "mst_origin", "mst_region")

@@ -37,7 +37,6 @@ def verify(module: fx.GraphModule, before: tuple[list[str], list[Any]], pass_nam
         module.graph.lint()
     except RuntimeError as e:
         raise VerifyError(f"{pass_name}: {e}") from e
-    module.recompile()
     with walking(module) as nodes:
         for node in nodes:
             if node.op in ("call_function", "call_method") and "mst_new" in node.meta:
