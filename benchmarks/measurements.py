@@ -49,11 +49,12 @@ class Cells(Compared):
     rounds: int = 1
     steps: int = 1
     warm: bool = False
-    """Run every cell a second time on the caches of the first."""
+    """First steps alone: run every cell a second time on the caches of the first, and measure no peak."""
 
     def run(self, steps: int, clock: str) -> Rows:
         """Run the cells, systems by turns."""
-        question = Question({"llama": "model"}.get(self.work, self.work), "cpu", self.dtype, steps=self.steps)
+        name = "compile" if self.warm else {"llama": "model"}.get(self.work, self.work)
+        question = Question(name, "cpu", self.dtype, steps=self.steps)
         extra = ["--error"] if self.error else []
         rows: Rows = {}
         with tempfile.TemporaryDirectory() as root:

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch._inductor import cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-from torch._inductor.codecache import CppPythonBindingsCodeCache, torch_key
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
 _waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
@@ -76,25 +76,25 @@ def early() -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Start in the background what Inductor asks once per process, for Dynamo to trace meanwhile.
+    """Start in the background what Inductor asks the C++ compiler once per process, for Dynamo to trace meanwhile.
 
-    That is the hash of torch's sources, part of every cache key, and on a CPU which vector instructions work, where
-    Inductor asks for one set after another (here side by side), and what its header comes to, with which every kernel
-    is compiled. Torch keeps the answers, in the process and on disk.
+    That is which vector instructions work, where Inductor asks for one set after another (here side by side), and
+    what its header comes to, with which every kernel is compiled. Torch keeps the answers, in the process and on disk.
+    Its hash of its own sources is not asked for: it is made under a lock, which a forked process would find held.
     """
-    threading.Thread(target=_prepare, daemon=True).start()
+    if not torch.cuda.is_available():
+        threading.Thread(target=_prepare, daemon=True).start()
 
 
 def _prepare() -> None:
     with contextlib.suppress(Exception):  # whatever fails here fails again where it can be reported
-        if not torch.cuda.is_available():
-            _probe_cpu()
-            code = f"// at::vec::\n{_EMPTY_KERNEL}"
-            CppPythonBindingsCodeCache.load_pybinding_async(["const float*"], code, submit_fn=lambda compiler: None)
-        torch_key()
+        _probe_cpu()
+        CppPythonBindingsCodeCache.load_pybinding_async(["const float*"], _NO_KERNEL, submit_fn=lambda compiler: None)
 
 
-_EMPTY_KERNEL = 'extern "C" void kernel(const float* in) {}\n'
+_NO_KERNEL = """// at::vec:: of a kernel's source has it compiled with the flags of vector instructions
+extern "C" void kernel(const float* in) {}
+"""
 
 
 def _probe_cpu() -> None:

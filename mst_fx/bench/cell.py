@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> Row:
         for _ in range(args.steps):
             work.clear()
             times.append(timed_step(work, fn, args.device))
-        peak = work.peak(fn, args.device)
+        peak = {} if args.no_peak else {"peak_bytes": work.peak(fn, args.device)}
     except (UnavailableError, torch.OutOfMemoryError) as e:
         return {**row, "reason": told(e)}
     step = statistics.median(times) if times else first
-    row |= {"first_s": first, "step_s": step, "steps_s": times, "peak_bytes": peak, "tokens_per_s": work.tokens / step,
+    row |= {"first_s": first, "step_s": step, "steps_s": times, **peak, "tokens_per_s": work.tokens / step,
             "compiles": torch._dynamo.utils.counters["stats"]["unique_graphs"]}  # fmt: skip
     if args.device == "cuda":
         row |= {
@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--steps", type=int, default=3)
     found.add_argument("--set", action="append", default=[], metavar="SIZE=N")
     found.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    found.add_argument("--no-peak", action="store_true", help="times alone")
     found.add_argument("--error", action="store_true", help="compare the weight gradients with fp64 too")
     return found
 

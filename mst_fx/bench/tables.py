@@ -127,7 +127,7 @@ def _compile(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def plot(question: Question, rows: Sequence[Row], path: Path) -> None:
-    """Draw the rows as a PNG: bars of time and peak, or the peak against S.
+    """Draw the rows as a PNG: bars of time and peak (of first steps for ``compile``), or the peak against S.
 
     Raises:
         ImportError: Without matplotlib (``pip install 'mst_fx[demo]'``).
@@ -149,17 +149,18 @@ def plot(question: Question, rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel("peak over start, GiB")
         axes.legend()
     else:
-        names = {"compile": ("first_s", "first step, s")}.get(question.name, ("step_s", "step, s"))
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.45 * len(good) + 1.2), sharey=True)
+        bars = [("step_s", 1, "step, s"), ("peak_bytes", 2**20, "peak over start, MiB")]
+        bars = {"compile": [("first_s", 1, "first step, s")]}.get(question.name, bars)
+        size = (5 * len(bars), 0.45 * len(good) + 1.2)
+        figure, axes = pyplot.subplots(1, len(bars), figsize=size, sharey=True, squeeze=False)
         labels = [r["system"] + _suffix(question, r) for r in good]
         colours = [
             "tab:orange" if r["system"].startswith("mst") and "wrapper" not in r["system"] else "tab:blue" for r in good
         ]
-        left.barh(labels, [r[names[0]] for r in good], color=colours)
-        left.set_xlabel(names[1])
-        right.barh(labels, [r["peak_bytes"] / 2**20 for r in good], color=colours)
-        right.set_xlabel("peak over start, MiB")
-        left.invert_yaxis()
+        for panel, (name, unit, label) in zip(axes[0], bars, strict=True):
+            panel.barh(labels, [r[name] / unit for r in good], color=colours)
+            panel.set_xlabel(label)
+        axes[0, 0].invert_yaxis()
     figure.suptitle(summary(question, rows), fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
