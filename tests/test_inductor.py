@@ -175,6 +175,23 @@ def test_kernels_compile_while_their_graph_is_lowered(tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_kernel_finds_the_header_read() -> None:
+    """What is prepared in the background is asked of torch with the flags that kernels are compiled with."""
+    before, after = run_script(
+        """
+        import json, torch
+        from torch._inductor import codecache
+        from mst_fx import kernels
+        kernels._prepare()
+        read = [codecache._precompile_header.cache_info().misses]
+        torch.compile(lambda x: x.sin() + 1)(torch.randn(64))
+        print(json.dumps([*read, codecache._precompile_header.cache_info().misses]))
+        """
+    )
+    assert before == after == 1
+
+
+@pytest.mark.slow
 def test_old_objects_are_frozen_while_a_graph_compiles() -> None:
     """And what the user has frozen stays frozen."""
     counts = run_script("""
