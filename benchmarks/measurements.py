@@ -170,7 +170,7 @@ MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     ),
     "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
     "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
-    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, rounds=2, steps=0, warm=True),
+    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, rounds=3, steps=0, warm=True),
     **{
         f"length-{n}": Cells("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}, steps=0) for n in LENGTHS_SHOWN
     },
