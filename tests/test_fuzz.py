@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, currently_in_test_context, given, note, settings
+from hypothesis import HealthCheck, currently_in_test_context, example, given, note, settings
 from hypothesis import strategies as st
 
 import mst_fx
@@ -149,11 +149,31 @@ def test_the_programs_are_chunked(steps: tuple[str, ...]) -> None:
     assert (chunked(report, "mlp"), chunked(report, "loss")) == (1, 1), str(report)
 
 
+INDUCTOR_IS_WRONG = Program(
+    (BlockSpec(up="conv", down="linear", steps=("layer_norm", "layer_norm"), frozen=("down", "up", "vector")),),
+    loss="sum", batch=1, length=48, tied=True, seed=865,
+)  # fmt: skip
+"""Two norms of a transposed value: torch 2.13's vectorised C++ gives its bias a gradient 1.4 times its size away."""
+
+
 @pytest.mark.slow
 @settings(fuzz, max_examples=max(TRIES // 10, 8))
+@example(INDUCTOR_IS_WRONG, {"mst.chunk_tokens": 1, "mst.disable": ("chunk_mlp",)})
 @given(programs, option_sets)
 def test_any_program_is_exact_with_inductor(program: Program, options: dict[str, Any]) -> None:
-    check(program, {**options, "mst.compiler": "inductor"})
+    """Or as wrong as without the backend: Inductor has wrong gradients of its own, see ``INDUCTOR_IS_WRONG``."""
+    try:
+        check(program, {**options, "mst.compiler": "inductor"})
+    except AssertionError:
+        torch._dynamo.reset()
+        model = Built(program).double()
+        data = inputs_of(program)
+        plain = run(model, torch.compile(model, backend="inductor"), data)
+        with pytest.raises(AssertionError):
+            compare(plain, run(model, model, data))
+        torch._dynamo.reset()
+        fn = torch.compile(model, backend="mst", options={**options, "mst.compiler": "inductor"})
+        compare(run(model, fn, data), plain)
 
 
 FOUND: dict[str, tuple[Program, dict[str, Any], bool | None]] = {
