@@ -6,7 +6,7 @@
 
 The size chosen is asked of these sources whenever the table is made. A case is a process of its own with one thread.
 In every round each chunk size and plain Inductor run one step; times are processor time, ratios are medians over
-rounds. The peak of a step over its start is read in the same process.
+rounds. The peak of a step over its start is read before, in the same process.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from mst_fx.backend import compile_chunked
 from mst_fx.config import Config
 from mst_fx.graph_diff import fold_paths, in_graph_order
 from mst_fx.inductor import compile_graph
+from mst_fx.outputs import Values, named_tensors, trained
 from mst_fx.render import short_source
 from mst_fx.report import RegionReport, Report, join_reports
 
@@ -88,9 +89,6 @@ class Check:
 
     def __str__(self) -> str:
         return "\n".join(_text(self))
-
-
-Values = dict[str, torch.Tensor]
 
 
 def check(
@@ -252,7 +250,7 @@ class _Call:
         torch.manual_seed(SEED)
         state = _random_states()
         try:
-            outputs = _named(fn(*args, **kwargs), "output")
+            outputs = named_tensors(fn(*args, **kwargs), "output")
             if backend is None and not all(map(torch.equal, state, _random_states())):
                 raise IncomparableError(
                     "the model draws random numbers (dropout?): plain and rewritten draw them in another order, so "
@@ -261,7 +259,7 @@ class _Call:
             _backward(outputs)
             values = {n: v.detach().clone() for n, v in outputs.items()}
             holders = {f"grad {n}": p for n, p in self._parameters().items()}
-            holders |= {f"grad {n}": v for n, v in _named({**dict(enumerate(args)), **kwargs}, "input").items()}
+            holders |= {f"grad {n}": v for n, v in named_tensors({**dict(enumerate(args)), **kwargs}, "input").items()}
             values |= {n: p.grad.detach().clone() for n, p in holders.items() if p.is_leaf and p.grad is not None}
         finally:
             for name, buffer in self._buffers().items():
@@ -292,22 +290,8 @@ def _fresh(inputs: Any, dtype: torch.dtype | None) -> Any:
     return pytree.tree_map_only(torch.Tensor, copied, inputs)
 
 
-def _named(value: Any, name: str) -> Values:
-    """Return the floating tensors in a nest of containers by path, e.g. ``output.loss``."""
-
-    def step(key: Any) -> str:
-        at = getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))
-        return f".{at}" if isinstance(at, str) else f"[{at}]"
-
-    leaves = pytree.tree_flatten_with_path(value)[0]
-    tensors = ((path, v) for path, v in leaves if isinstance(v, torch.Tensor) and v.is_floating_point())
-    return {name + "".join(map(step, path)): v for path, v in tensors}
-
-
 def _backward(outputs: Values) -> None:
-    trained = {n: v for n, v in outputs.items() if v.requires_grad}
-    losses = {n: v for n, v in trained.items() if n == "output.loss"}
-    losses = losses or {n: v for n, v in trained.items() if not v.ndim} or trained
+    losses = trained(outputs)
     if not losses:
         return
     generator = torch.Generator().manual_seed(SEED)

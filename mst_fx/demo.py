@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
+from mst_fx.measure import MALLOC_ENV, keep_freed_memory, peak_over_start, prepare_compiler
 from mst_fx.plan import format_bytes
 
 SIZES = {
@@ -66,10 +66,12 @@ def train(system: str, device: str, steps: int, seq_len: int) -> None:
 
     for i in range(steps):
         began = time.perf_counter()
-        # The last step measures memory: optimizer states exist by then, and nothing compiles.
-        peak, loss = peak_over_start(step, device) if i == steps - 1 else (0, step())
+        # An early step measures memory: optimizer states exist by then, and nothing compiles.
+        peak, loss = peak_over_start(step, device) if i == min(2, steps - 1) else (0, step())
         row = {"step": i, "loss": loss, "seconds": time.perf_counter() - began, "peak": peak}
         print(json.dumps(row), flush=True)
+        if peak:
+            keep_freed_memory()
     if system == "mst":
         import mst_fx
 
@@ -151,7 +153,7 @@ def _table(console: Any, results: dict[str, dict[str, Any]], seq_len: int) -> No
     for system in SYSTEMS:
         rows = results[system]["rows"]
         seconds = sorted(r["seconds"] for r in rows[1:])
-        figures["peak memory"].append(rows[-1]["peak"])
+        figures["peak memory"].append(max(r["peak"] for r in rows))
         figures["tokens/s"].append(seq_len / seconds[len(seconds) // 2])
         figures["first step (s)"].append(rows[0]["seconds"])
     for name, (plain, ours) in figures.items():
@@ -173,7 +175,7 @@ def _plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
         left.plot([r["loss"] for r in results[system]["rows"]], style, label=system)
     left.set(xlabel="step", ylabel="loss", title="the same loss")
     left.legend()
-    peaks = [results[s]["rows"][-1]["peak"] / 2**20 for s in SYSTEMS]
+    peaks = [max(r["peak"] for r in results[s]["rows"]) / 2**20 for s in SYSTEMS]
     bars = right.bar(SYSTEMS, peaks, color=["C0", "C1"])
     right.bar_label(bars, fmt="%.0f MiB")
     right.set(ylabel="peak memory over start (MiB)", title="a fraction of the memory")

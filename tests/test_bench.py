@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
 from mst_fx.bench.works import WORKS, Work, head, mlp
 from mst_fx.cli import main
-from mst_fx.measure import matmul_slowdown
+from mst_fx.measure import MALLOC_ENV, matmul_slowdown
 from mst_fx.models import UsageError
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
@@ -145,6 +146,28 @@ def test_systems_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(len(r["steps_s"]) == 2 and r["step_s"] > 0 for r in rows[:3])
     assert [r["chunk_tokens"] for r in rows[:3]] == [[], [64], [32]]
     assert "GPU" in rows[3]["reason"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident size of a process on Linux")
+def test_freed_memory_is_kept_for_times_alone() -> None:
+    script = """
+import json, torch
+from mst_fx.measure import _status, keep_freed_memory
+def kept():
+    before = _status("VmRSS")
+    torch.ones(2**20)
+    return _status("VmRSS") - before
+torch.ones(2**20)
+found = [kept()]
+keep_freed_memory()
+print(json.dumps([*found, kept()]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **MALLOC_ENV}, capture_output=True, text=True, check=True
+    )
+    given_back, kept = json.loads(done.stdout)
+    assert given_back < 2**20
+    assert kept > 3 * 2**20
 
 
 def test_a_system_that_fails_in_its_turn_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

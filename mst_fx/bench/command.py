@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mst_fx.bench.cell import AS_MADE
 from mst_fx.bench.questions import LENGTHS, WORK_OF, Question, ask, load_rows, plan, save_rows
 from mst_fx.bench.systems import SYSTEMS
 from mst_fx.bench.tables import markdown, plot, summary, table
@@ -21,10 +22,19 @@ from mst_fx.models import DTYPES, UsageError, parse_pairs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("question", choices=WORK_OF, help="what is compared")
-    parser.add_argument("--model", choices=SHAPES, help="shapes of a model; sizes given with --set win")
+    named = parser.add_mutually_exclusive_group()
+    named.add_argument("--model", choices=SHAPES, help="shapes of a model; sizes given with --set win")
+    named.add_argument(
+        "--hf", metavar="PATH_OR_TYPE", help="for model, length, compile: this causal LM; --set goes to its config"
+    )
+    named.add_argument(
+        "--entry", metavar="MODULE:FUNCTION", help="for model, compile: a function that returns (model, inputs)"
+    )
+    parser.add_argument("--seq-len", type=int, help="S of --hf (1024)")
+    parser.add_argument("--batch", type=int, help="B of --hf (1)")
     parser.add_argument("--systems", help=f"comma-separated, all that fit by default; of {', '.join(SYSTEMS)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, else float32; --entry: as made")
     parser.add_argument("--set", action="append", default=[], metavar="SIZE=N", help="e.g. tokens=4096, layers=8")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of mst, e.g. chunk_tokens=512"
@@ -74,11 +84,38 @@ def read_question(args: argparse.Namespace) -> Question:
         lengths = tuple(int(n) for n in args.lengths.split(",")) if args.lengths else ()
     except ValueError as e:
         raise UsageError(f"--lengths {args.lengths}: numbers with commas between") from e
+    usual = AS_MADE if args.entry else "bfloat16" if device.startswith("cuda") else "float32"
     return Question(
-        args.question, device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"), args.model,
-        tuple(args.systems.split(",")) if args.systems else (), parse_pairs(args.set), parse_pairs(args.option),
+        args.question, device, args.dtype or usual, args.model,
+        tuple(args.systems.split(",")) if args.systems else (), _shapes(args), parse_pairs(args.option),
         lengths, args.steps, args.rounds, args.minutes,
     )  # fmt: skip
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sizes of the work; for a model of the user's what ``ModelSpec`` takes.
+
+    Raises:
+        UsageError: If flags don't go together.
+    """
+    settings = parse_pairs(args.set)
+    sizes = {k: v for k, v in (("seq_len", args.seq_len), ("batch", args.batch)) if v is not None}
+    for name, value in sizes.items():
+        if not args.hf:
+            raise UsageError(f"--{name.replace('_', '-')} goes with --hf; sizes of the works here are --set NAME=N")
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1")
+    if not (args.hf or args.entry):
+        return settings
+    flag = "--hf" if args.hf else "--entry"
+    if args.question in ("head", "mlp") or (args.entry and args.question == "length"):
+        why = f"goes with model and compile{', and --hf with length' if args.hf is None else ' and length'}"
+        raise UsageError(f"{flag} {why}")
+    if args.entry:
+        if settings:
+            raise UsageError("--set goes with --hf; the function of --entry makes its own model and inputs")
+        return {"entry": args.entry}
+    return {"hf": args.hf, "seq_len": 1024, **sizes, **({"settings": settings} if settings else {})}
 
 
 def _check_writable(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mst_fx.bench.systems import SYSTEMS
-from mst_fx.bench.works import SHAPES, check_sizes, flops_of, sizes_of
+from mst_fx.bench.works import SHAPES, check_sizes, flops_of, flops_of_own, sizes_of
 from mst_fx.config import Config, did_you_mean
 from mst_fx.measure import MALLOC_ENV, matmul_slowdown, prepare_compiler
 from mst_fx.models import DTYPES, UsageError
@@ -32,6 +32,8 @@ SYSTEMS_OF = {
     "length": ["inductor", "inductor+checkpoint", "mst", "mst+checkpoint"],
     "compile": ["inductor", "mst"],
 }
+SYSTEMS_OF_OWN = ["eager", "inductor", "auto_chunker", "mst"]
+"""The same for ``model`` with a model of the user's: Liger patches classes it knows."""
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (8192, 16384, 32768, 65536, 131072)}
 GRACE_SECONDS = 60
 """With ``minutes``: how much longer the last cell may take."""
@@ -60,6 +62,11 @@ class Question:
     minutes: float | None = None
     """Start no cell after this many minutes, stop the last one a minute later; such cells are rows that say so."""
 
+    @property
+    def work(self) -> str:
+        """What every cell does: a model of the user's where ``shapes`` name one."""
+        return "own" if {"hf", "entry"} & self.shapes.keys() else WORK_OF[self.name]
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -83,7 +90,8 @@ def plan(question: Question) -> list[Cell]:
         raise UsageError(
             f"unknown system {unknown[0]!r}.{did_you_mean(unknown[0], SYSTEMS)} Known: {', '.join(SYSTEMS)}"
         )
-    systems = question.systems or tuple(SYSTEMS_OF[question.name])
+    usual = SYSTEMS_OF_OWN if (question.work, question.name) == ("own", "model") else SYSTEMS_OF[question.name]
+    systems = question.systems or tuple(usual)
     shapes = dict(question.shapes)
     if question.model is not None:
         if question.model not in SHAPES:
@@ -92,12 +100,14 @@ def plan(question: Question) -> list[Cell]:
     _check(question, shapes)
     if question.name == "model":
         shapes = {"adamw": True, **shapes}
-        variants = [{}, {"checkpointing": True}] if "checkpointing" not in shapes else [{}]
+        variants = [{}] if {"entry", "checkpointing"} & shapes.keys() else [{}, {"checkpointing": True}]
     elif question.name == "length":
         variants = [{"seq_len": n} for n in question.lengths or LENGTHS[question.device.split(":")[0]]]
     elif question.name == "compile":
+        if question.work == "llama":
+            shapes = {"layers": 8, "seq_len": 1024, **shapes}
         return [
-            Cell(s, {"layers": 8, "seq_len": 1024, **shapes}, caches)
+            Cell(s, shapes, caches)
             for _ in range(question.rounds) for s in systems for caches in ("cold", "warm")
         ]  # fmt: skip
     else:
@@ -117,15 +127,20 @@ def _check(question: Question, shapes: dict[str, Any]) -> None:
         if value < 1:
             raise UsageError(f"--{name} {value}: at least 1")
     if question.lengths and question.name != "length":
-        token_size = "tokens" if "tokens" in sizes_of(WORK_OF[question.name]) else "seq_len"
+        token_size = "tokens" if "tokens" in sizes_of(question.work) else "seq_len"
         raise UsageError(f"--lengths goes with `length`; for {question.name}: --set {token_size}=N")
     Config.parse({f"mst.{k}": v for k, v in question.options.items()})
-    work = WORK_OF[question.name]
+    if "entry" in shapes:
+        return
     for length in question.lengths or (None,):
-        sizes = check_sizes(work, shapes if length is None else {**shapes, "seq_len": length})
-        why = too_much(work, sizes, question.dtype) if question.device == "cpu" else None
-        if why is not None:
-            small = " ".join(f"--set {k}={v}" for k, v in sizes_of(work).items() if k in shapes and k in SMALLER)
+        sizes = shapes if length is None else {**shapes, "seq_len": length}
+        if question.work != "own":
+            sizes = check_sizes(question.work, sizes)
+        elif length != max(question.lengths, default=None):
+            continue  # the longest says it for all
+        why = too_much(question.work, sizes, question.dtype)
+        if why is not None and question.device == "cpu":
+            small = " ".join(f"--set {k}={v}" for k, v in sizes_of(question.work).items() if k in shapes and k in SMALLER)
             raise UsageError(
                 f"{why}; run it on a machine with a CUDA device, or make it smaller{': ' if small else ''}{small}"
             )
@@ -133,7 +148,7 @@ def _check(question: Question, shapes: dict[str, Any]) -> None:
 
 def too_much(work: str, sizes: Mapping[str, Any], dtype: str) -> str | None:
     """Return why a step of a work would take this CPU many minutes, None if it would not."""
-    parameters, flops = flops_of(work, sizes)
+    parameters, flops = flops_of_own(sizes, DTYPES[dtype]) if work == "own" else flops_of(work, sizes)
     slower = matmul_slowdown(DTYPES[dtype])
     if flops * slower <= CPU_FLOPS:
         return None
@@ -182,7 +197,7 @@ def ask(
 
 def _blank(question: Question, cell: Cell) -> Row:
     return {
-        "work": WORK_OF[question.name], "system": cell.system, "shapes": cell.shapes, "options": question.options,
+        "work": question.work, "system": cell.system, "shapes": cell.shapes, "options": question.options,
         "dtype": question.dtype, "caches": cell.caches,
     }  # fmt: skip
 
@@ -191,7 +206,7 @@ def run_cell(question: Question, cell: Cell, caches: str, *extra: str, seconds: 
     """Run one cell in a process of its own; one that dies, or takes longer than it may, is a row with the reason."""
     pairs = [("--set", cell.shapes), ("--option", question.options if cell.system.startswith(("mst", "chunk")) else {})]
     given = [a for flag, values in pairs for k, v in values.items() for a in (flag, f"{k}={json.dumps(v)}")]
-    command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.cell", WORK_OF[question.name],
+    command = [sys.executable, "-W", "ignore", "-m", "mst_fx.bench.cell", question.work,
                "--system", cell.system, "--dtype", question.dtype, "--device", question.device,
                "--steps", str(question.steps), *given, *extra]  # fmt: skip
     if question.name == "compile":  # times alone: an allocator that tells the peak takes some from every chunk

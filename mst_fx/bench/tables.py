@@ -52,7 +52,9 @@ def summary(question: Question, rows: Sequence[Row]) -> str:
     good = next((r for r in rows if "reason" not in r), None)
     if good is None:
         return "nothing could be measured"
-    shapes = ", ".join(f"{k} {v}" for k, v in good["shapes"].items() if k not in ("adamw", "checkpointing", "seq_len"))
+    own = {**good["shapes"], **good["shapes"].get("settings", {})}
+    hidden = {"adamw", "checkpointing", "settings", *(["seq_len"] if question.name == "length" else [])}
+    shapes = ", ".join(f"{k} {v}" for k, v in own.items() if k not in hidden)
     versions = good["versions"]
     named = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("torch", "transformers", "mst_fx"))
     count = merged(rows)[0]["rounds"]

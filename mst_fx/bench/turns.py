@@ -22,6 +22,7 @@ import mst_fx
 from mst_fx.bench.cell import describe, parser, timed_step, told
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.works import WORKS, Work
+from mst_fx.measure import keep_freed_memory
 from mst_fx.models import DTYPES, parse_pairs
 
 Variants = Mapping[str, tuple[str, Mapping[str, Any]]]
@@ -67,6 +68,8 @@ def by_turns(
             functions[label] = fn
         if progress is not None:
             progress(label, row)
+    if peaks:
+        keep_freed_memory()
     for _ in range(steps):
         for label, fn in functions.items():
             work.clear()
@@ -85,7 +88,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     args = found.parse_args(argv)
     torch.manual_seed(0)
     shapes, options = parse_pairs(args.set), parse_pairs(args.option)
-    work = WORKS[args.work](**shapes, dtype=DTYPES[args.dtype], device=args.device)
+    work = WORKS[args.work](**shapes, dtype=DTYPES.get(args.dtype), device=args.device)
     rows = by_turns(work, {s: (s, options) for s in args.systems.split(",")}, args.steps, args.device)
     good = {s: r for s, r in rows.items() if "reason" not in r}
     times, processor = ({s: r[key] for s, r in good.items()} for key in ("steps_s", "cpu_s"))

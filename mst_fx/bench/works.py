@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import nn
 
 from mst_fx.config import did_you_mean
 from mst_fx.measure import peak_over_start
-from mst_fx.models import UsageError
+from mst_fx.models import DTYPES, ModelSpec, UsageError, build_model
+from mst_fx.outputs import named_tensors, trained
 
 
 @dataclasses.dataclass
@@ -26,15 +27,16 @@ class Work:
 
     name: str
     module: nn.Module
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     loss: Callable[[Any], torch.Tensor]
     tokens: int
     grad_output: torch.Tensor | None = None
     optimizer: torch.optim.Optimizer | None = None
+    args: tuple[Any, ...] = ()
 
     def step(self, fn: Callable[..., Any]) -> torch.Tensor:
         """Run forward and backward, and the optimizer if there is one; else gradients add to what is there."""
-        out = self.loss(fn(**self.inputs))
+        out = self.loss(fn(*self.args, **self.inputs))
         out.backward(self.grad_output)
         if self.optimizer is not None:
             self.optimizer.step()
@@ -51,8 +53,9 @@ class Work:
     def clear(self) -> None:
         """Free the gradients."""
         self.module.zero_grad(set_to_none=True)
-        for value in self.inputs.values():
-            value.grad = None
+        for value in (*self.args, *self.inputs.values()):
+            if isinstance(value, torch.Tensor):
+                value.grad = None
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients of the parameters."""
@@ -131,13 +134,57 @@ def llama(
     if checkpointing:
         model.gradient_checkpointing_enable()
     ids = torch.randint(0, vocab, (batch, seq_len), device=common["device"])
-    # Fused on a GPU: the default makes temporaries as large as all weights, which would hide every other peak.
-    fused = common["device"] == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused) if adamw else None
+    optimizer = _adamw(model, common["device"]) if adamw else None
     return Work("llama", model, {"input_ids": ids, "labels": ids}, lambda o: o.loss, batch * seq_len, None, optimizer)
 
 
-WORKS: dict[str, Callable[..., Work]] = {"head": head, "mlp": mlp, "llama": llama}
+def own(
+    hf: str | None = None, entry: str | None = None, settings: Mapping[str, Any] | None = None,
+    seq_len: int | None = None, batch: int | None = None, checkpointing: bool = False, adamw: bool = False,
+    **common: Any,
+) -> Work:  # fmt: skip
+    """A model of the user's, as ``ModelSpec`` names it; ``dtype`` None leaves it as it is made.
+
+    Raises:
+        UsageError: If it can't be made, or is no ``torch.nn.Module``.
+    """
+    dtype = _dtype_name(common["dtype"])
+    spec = ModelSpec(entry, hf, dict(settings or {}), batch, seq_len, dtype, common["device"], checkpointing)
+    subject = build_model(spec)
+    model = subject.model
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--entry {entry}: a torch.nn.Module is measured, its parameters are what is trained")
+    optimizer = _adamw(model, common["device"]) if adamw else None
+    tokens = _tokens([*subject.args, *subject.kwargs.values()])
+    return Work("own", model, subject.kwargs, _total, tokens, None, optimizer, subject.args)
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return next((name for name, d in DTYPES.items() if d is dtype), None)
+
+
+def _tokens(inputs: Sequence[Any]) -> int:
+    """Return the rows of the first input that has any: its elements, without the features of a floating one."""
+    first = next((v for v in inputs if isinstance(v, torch.Tensor) and v.ndim), None)
+    if first is None:
+        return 1
+    return first.numel() // first.shape[-1] if first.is_floating_point() and first.shape[-1] else first.numel()
+
+
+def _total(output: Any) -> torch.Tensor:
+    """Return what an output is trained by as one scalar; what is no scalar goes in with its mean."""
+    found = trained(named_tensors(output, "output")).values()
+    if not found:
+        raise UsageError("nothing in the model's output needs a gradient")
+    return torch.stack([v.mean().float() for v in found]).sum()
+
+
+def _adamw(model: nn.Module, device: str) -> torch.optim.Optimizer:
+    """Return AdamW, fused on a GPU: the default's temporaries are as large as all weights and hide every other peak."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
+
+
+WORKS: dict[str, Callable[..., Work]] = {"head": head, "mlp": mlp, "llama": llama, "own": own}
 
 LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "vocab": 128256, "layers": 32, "heads": 32, "kv_heads": 8}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -175,6 +222,19 @@ def check_sizes(work: str, given: Mapping[str, Any]) -> dict[str, int | bool]:
         if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
             raise UsageError(f"{whole} {sizes[whole]} can't be divided by {part} {sizes[part]}")
     return sizes
+
+
+def flops_of_own(sizes: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the same of a model of Transformers, from fake tensors.
+
+    Raises:
+        UsageError: If the model can't be made.
+    """
+    spec = ModelSpec(None, sizes["hf"], dict(sizes.get("settings", {})), dtype=_dtype_name(dtype), fake=True)
+    model = build_model(spec).model
+    assert isinstance(model, nn.Module)
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, 6 * parameters * sizes.get("batch", 1) * sizes["seq_len"]
 
 
 def flops_of(work: str, sizes: Mapping[str, int | bool]) -> tuple[int, int]:
