@@ -140,7 +140,8 @@ def _check(question: Question, shapes: dict[str, Any]) -> None:
             continue  # the longest says it for all
         why = too_much(question.work, sizes, question.dtype)
         if why is not None and question.device == "cpu":
-            small = " ".join(f"--set {k}={v}" for k, v in sizes_of(question.work).items() if k in shapes and k in SMALLER)
+            named = [k for k in sizes_of(question.work) if k in shapes and k in SMALLER]
+            small = " ".join(f"--set {k}={sizes[k]}" for k in named)
             raise UsageError(
                 f"{why}; run it on a machine with a CUDA device, or make it smaller{': ' if small else ''}{small}"
             )

@@ -92,7 +92,7 @@ def _model(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             continue
         peak = r.get("allocated_bytes", r["peak_bytes"]) / 1e9
         step, first = f"{r['step_s']:.2f}", f"{r['first_s']:.1f}"
-        lines.append((r["system"], kept, f"{r['tokens_per_s']:.0f}", f"{peak:.2f}", step, first))
+        lines.append((r["system"], kept, f"{r['tokens_per_s']:.0f}", f"{peak:.3g}", step, first))
     return lines
 
 
