@@ -11,10 +11,13 @@ off. It covers exactly the inputs that need gradients, so a frozen weight costs 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -75,9 +78,23 @@ class Body:
         return tuple(i for i, spec in enumerate(self.inputs) if spec.needs_grad)
 
     def digest(self, *settings: Any) -> str:
-        """Hash the body's content: code, constants, inputs, and the settings it is compiled under."""
-        text = "\n".join([self.graph.code, repr(self.chunked), repr(self.shared), torch.__version__, repr(settings)])
+        """Hash the body's content: code, constants, inputs, what is compiled by whom and under which settings.
+
+        A graph in torch's caches calls a body by this name and knows its results by their order, so another
+        version of this package must not answer to it.
+        """
+        versions = [torch.__version__, own_sources()]
+        text = "\n".join([self.graph.code, repr(self.chunked), repr(self.shared), *versions, repr(settings)])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@functools.cache
+def own_sources() -> str:
+    """Return a hash of the sources of this package; of its version alone where they are not files."""
+    found = hashlib.sha256(importlib.metadata.version("mst_fx").encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -161,12 +161,13 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         BodyError: If tracing or compiling fails, or a gradient can't be formed.
     """
     config = context.config
-    name = body.digest(op, config.accumulate, config.compiler, config.inductor, body.needs, global_settings())
+    rows = plan.chunk_tokens
+    settings = (config.accumulate, config.compiler, config.inductor, global_settings(), _size_class(body, rows))
+    name = body.digest(op, body.needs, *settings)
     if name in BODIES:
         context.bodies[name] = _CODE[name]
         return name
     options = dict(config.inductor)
-    rows = plan.chunk_tokens
     try:
         traced, inputs = trace_forward(body, rows)
         outputs = _output_metas(traced)
@@ -195,6 +196,16 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
 
 
 _CODE: dict[str, BodyCode] = {}
+
+
+def _size_class(body: Body, rows: int) -> int:
+    """Return 0, or the order of ``rows`` where a chunk's values come near 2**31 elements.
+
+    Inductor counts elements in 32 bits where those of the chunk it is shown can be, and its guard on that goes
+    with the graph, not with the body: one that was compiled for short chunks must not serve such long ones.
+    """
+    widest = max((s for spec in body.inputs for s in spec.shape if isinstance(s, int)), default=1)
+    return rows.bit_length() if rows * widest >= 2**29 else 0
 
 
 def _output_metas(traced: fx.GraphModule) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

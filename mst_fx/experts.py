@@ -19,17 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import (
-    fake,
-    fake_tensor,
-    is_in_place,
-    module_path,
-    mutated_storages,
-    node_name,
-    source_of,
-    storages,
-    walking,
-)
+from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.graph import called_name, fake, fake_tensor, module_path, node_name, source_of, storages, walking
 from mst_fx.inductor import is_plain_fake
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift, stops_gradient
 from mst_fx.recorder import run_node
@@ -241,7 +232,7 @@ class Experts:
         values = list(own) if isinstance(own, (list, tuple)) else [own]
         for value, out in zip(values, outs, strict=False):
             form = self.builder.form(out)
-            if isinstance(form, Row) and stops_gradient(node):
+            if isinstance(form, Row) and stops_gradient(node, value):
                 form = replace(form, node=self.builder.emit(aten.detach.default, form.node))
             if isinstance(value, torch.Tensor) and form is not None:
                 self.builder.bind(value, form)
@@ -295,9 +286,9 @@ class Experts:
         if blame:
             node = min(blame, key=self.order.__getitem__)
             cause = self._cause(node)
-            because = "" if cause is node else f"; `{node_name(cause)}` ({source_of(cause)}) {self.failures[cause]}"
+            because = "" if cause is node else f"; `{called_name(cause)}` ({source_of(cause)}) {self.failures[cause]}"
             return Mismatch(
-                f"not legal: `{node_name(node)}` {blame[node]} ({source_of(node)}){because}", source_of(node)
+                f"not legal: `{called_name(node)}` {blame[node]} ({source_of(node)}){because}", source_of(node)
             )
         if not region.terminals:
             return Mismatch("not legal: what the experts say is never summed up to one row per token", region.source)
@@ -310,7 +301,7 @@ class Experts:
                 continue
             if node in self.wide:
                 return Mismatch(
-                    f"not legal: `{node.name}`, a value of the experts' slots, is read by `{node_name(reader)}` "
+                    f"not legal: `{node.name}`, a value of the experts' slots, is read by `{called_name(reader)}` "
                     f"({source_of(reader)})", region.source
                 )  # fmt: skip
             if storages(node) & changed:

@@ -28,11 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mst_fx.effects import is_in_place
 from mst_fx.graph import (
+    called_name,
     fake,
     fake_tensor,
     is_autocast_switch,
-    is_in_place,
     is_layout,
     is_parameter_like,
     node_name,
@@ -165,7 +166,7 @@ def _itemsize(node: fx.Node) -> int:
 
 
 def _draws(node: fx.Node) -> bool:
-    name = node_name(node)
+    name = called_name(node)
     if name == "dropout" and 0 in (node.kwargs.get("p"), *node.args[1:2]):
         return False
     return any(word in name for word in _DRAWS)

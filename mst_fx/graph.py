@@ -1,9 +1,9 @@
-"""Typed access to FX: fake values, sources, walking with autocast in force, what mutates what."""
+"""Typed access to FX: fake values, sources, walking with autocast in force."""
 
 from __future__ import annotations
 
+import builtins
 import functools
-import inspect
 import operator
 import os
 import pathlib
@@ -48,13 +48,34 @@ def ndim(node: fx.Node) -> int:
 
 
 def needs_grad(node: Any) -> bool:
-    """Whether a node is a tensor that requires a gradient."""
-    value = fake_tensor(node)
-    return value is not None and value.requires_grad
+    """Whether a node is a tensor that requires a gradient, or gives several of which one does."""
+    return isinstance(node, fx.Node) and any(v.requires_grad for v in tensors_in(fake(node)))
+
+
+_NAMESPACES: dict[str, Any] = {
+    "torch": torch, "torch.functional": torch.functional, "torch.nn.functional": torch.nn.functional,
+    "torch._C._nn": torch._C._nn, "torch._C": torch._C, "torch.autograd": torch.autograd,
+    "torch.autograd.grad_mode": torch.autograd.grad_mode, "_operator": operator, "builtins": builtins,
+}  # fmt: skip
 
 
 def node_name(node: fx.Node) -> str:
-    """Return the plain name of what a node calls: "sum" for ``x.sum()`` and ``torch.sum(x)`` alike."""
+    """Return the name of torch's or Python's own that a node calls: "sum" for ``x.sum()`` and ``torch.sum(x)`` alike.
+
+    "" for all else: ``torch.masked.sum``, ``torch.ops.mine.sum`` and a user's ``sum`` are other functions.
+    """
+    return str(node.target) if node.op == "call_method" else _own_name(node.target)
+
+
+@functools.cache
+def _own_name(target: Any) -> str:
+    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None)
+    own = name and getattr(torch.Tensor if module is None else _NAMESPACES.get(module), name, None) is target
+    return name if own else ""
+
+
+def called_name(node: fx.Node) -> str:
+    """Return the name of whatever a node calls: for people, and to be careful by; it proves nothing."""
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
@@ -198,48 +219,6 @@ def autocast_off() -> Iterator[None]:
         yield
 
 
-def is_in_place(node: fx.Node) -> bool:
-    """Whether a Dynamo node may change an argument: by schema, by ``inplace`` or ``out``, by name."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if "out" in node.kwargs or node.target is operator.setitem or _argument(node, "inplace"):
-        return True
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in _IN_PLACE_OPERATORS
-    return name.endswith("_") and not name.endswith("__")
-
-
-_IN_PLACE_OPERATORS = {
-    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
-    "itruediv", "ixor",
-}  # fmt: skip
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """Return an argument of a call by name, wherever it was given; None without such a parameter."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    parameters = _parameters(node.target)
-    if name not in parameters:
-        return None
-    position = parameters.index(name)
-    return node.args[position] if position < len(node.args) else None
-
-
-@functools.cache
-def _parameters(function: Any) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return ()
-
-
 def is_grad_switch(node: fx.Node) -> bool:
     """Whether a node switches the grad mode or the inference mode."""
     return node_name(node) in (_SET_GRAD, *_INFERENCE)
@@ -254,7 +233,7 @@ def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
     mode: Any = None
     inference = 0
     for node in module.graph.nodes:
-        name = getattr(node.target, "__name__", "")
+        name = node_name(node)
         if name == _SET_GRAD:
             mode = node.args[0]
         elif name in _INFERENCE:
@@ -268,15 +247,6 @@ def storages(node: fx.Node) -> set[int]:
     found = []
     fx.map_arg((node,), lambda n: found.append(fake(n)))
     return {storage_of(t) for v in found for t in tensors_in(v) if t.layout is torch.strided}
-
-
-def mutated_storages(node: fx.Node) -> set[int]:
-    """Return the storages an in-place node may change: an operator's first argument's, else all tensor arguments'."""
-    if not is_in_place(node):
-        return set()
-    operates = getattr(node.target, "__module__", "") == "_operator" and isinstance(node.args[0], fx.Node)
-    written = [node.args[0]] if operates else node.all_input_nodes
-    return set().union(*(storages(n) for n in written))  # pyright: ignore[reportArgumentType]
 
 
 def is_parameter_like(node: Any, outer: dict[fx.Node, fx.Node] | None = None) -> bool:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, fake_tensor, grad_states, mutated_storages, node_name, run_on_fakes, storages
+from mst_fx.effects import mutated_storages
+from mst_fx.graph import fake, fake_tensor, grad_states, node_name, run_on_fakes, storages
 from mst_fx.rows import concrete, is_one, same_size
 
 Items = list[tuple[int, Any]]

@@ -18,15 +18,8 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from mst_fx.graph import (
-    fake_tensor,
-    grad_states,
-    is_autocast_switch,
-    is_in_place,
-    mutated_storages,
-    node_name,
-    storages,
-)
+from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.graph import fake_tensor, grad_states, is_autocast_switch, node_name, storages
 from mst_fx.indexing import Writer
 from mst_fx.rows import same_size
 
@@ -169,6 +162,6 @@ def _dim(node: fx.Node) -> int | None:
     """Return the dimension an op works along, counted from the last; None if it is not one that is given."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     value = fake_tensor(node.args[0]) if node.args else None
-    if not isinstance(dim, int) or isinstance(dim, bool) or value is None:
-        return None
+    if not isinstance(dim, int) or isinstance(dim, bool) or value is None or not value.ndim:
+        return None  # a row without dimensions has none to count from: what is joined would be worked along
     return dim if dim < 0 else dim - value.ndim - (node_name(node) == "unsqueeze")

@@ -29,6 +29,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mst_fx.effects import is_in_place
 from mst_fx.graph import (
     CHECKPOINT,
     autocast_dtypes,
@@ -38,7 +39,6 @@ from mst_fx.graph import (
     in_autocasts_of,
     is_autocast_switch,
     is_grad_switch,
-    is_in_place,
     node_name,
     open_autocasts,
     run_on_fakes,

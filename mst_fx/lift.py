@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.graph import fake, fake_tensor, is_in_place, is_layout, is_parameter_like, needs_grad, walking
+from mst_fx.effects import is_in_place
+from mst_fx.graph import fake, fake_tensor, is_layout, is_parameter_like, needs_grad, walking
 from mst_fx.losses import Total, per_token, read_total
 from mst_fx.projections import read_projection
 from mst_fx.recorder import run_node
@@ -162,7 +163,7 @@ class Lifter:
         total = read_total(node)
         if total is not None:
             row = per_token(self.builder, total, self.fake_mode)
-            if stops_gradient(node):
+            if stops_gradient(node, fake(node)):
                 row = Row(row.kinds, self.builder.emit(aten.detach.default, row.node))
             self.rows[node] = row
             return row
@@ -180,13 +181,12 @@ class Lifter:
             self.builder.unbind(x, previous)
         else:
             result = run_node(self.builder, node, self.fake_mode)
-        found = bind_results(self.builder, node, result)
-        if found and stops_gradient(node):
-            found = [(value, Row(row.kinds, self.builder.emit(aten.detach.default, row.node))) for value, row in found]
-            for value, row in found:
+        for i, (value, row) in enumerate(bind_results(self.builder, node, result)):
+            if stops_gradient(node, value):
+                row = row.with_node(self.builder.emit(aten.detach.default, row.node))
                 self.builder.bind(value, row)
-        if found:
-            self.rows[node] = found[0][1]
+            if not i:
+                self.rows[node] = row
         return self.rows.get(node)
 
     def input_for(self, live_in: LiveIn, grad_enabled: bool) -> Input:
@@ -263,10 +263,9 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     return Lifted(region, body, chunked, [inputs[n] for n in direct], hoisted, by_copy, outputs, counts[0], lifter)
 
 
-def stops_gradient(node: fx.Node) -> bool:
-    """Whether a node ran under no_grad (a teacher beside a student): its result is detached in the body too."""
-    value = fake_tensor(node)
-    differentiable = value is not None and value.is_floating_point() and not value.requires_grad
+def stops_gradient(node: fx.Node, value: Any) -> bool:
+    """Whether one of a node's values was made under no_grad (a teacher beside a student): detached in the body too."""
+    differentiable = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad
     return differentiable and any(needs_grad(n) for n in node.all_input_nodes)
 
 

@@ -97,6 +97,8 @@ def read_total(node: fx.Node) -> Total | None:
     value, result = fake_tensor(node.args[0]) if node.args else None, fake_tensor(node)
     if name not in ("sum", "mean") or value is None or result is None or result.ndim or not value.ndim:
         return None
+    if not node.kwargs.keys() <= {"dim", "axis", "keepdim", "keepdims", "dtype"}:
+        return None
     return ValueSum(node, name)
 
 
@@ -155,6 +157,8 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     b.bind(rows, Row((True, False), b.reshaped(row, logits.shape, [classes])))
     kinds = expected if call.soft else (True,) * labels.ndim
     outer = b.row(labels) or b.chunked(labels, kinds)
+    if any(k != e for k, e, s in zip(outer.kinds, kinds, labels.shape, strict=True) if not is_one(s)):
+        raise MixesTokensError("takes a loss against labels whose tokens lie along another dimension")
     b.bind(row_labels, Row((True, False) if call.soft else (True,), outer.node))
     weight = None if call.weight is None else call.weight.meta["example_value"]
     options: dict[str, Any] = {"weight": weight, "ignore_index": call.ignore_index, "reduction": "none"}

@@ -55,7 +55,7 @@ def read_projection(node: fx.Node, outer: dict[fx.Node, fx.Node] | None = None) 
         return None
     if node.target in _LINEAR:
         return _linear(_given(node, 0, "input"), _given(node, 1, "weight"))
-    if node.target in _PRODUCTS or getattr(node.target, "__name__", "") == "matmul":
+    if node.target in _PRODUCTS or node_name(node) == "matmul":
         return _product(_given(node, 0, "input"), _given(node, 1, "other", "mat2"), outer)
     if node.target in _ADDED:
         return _product(_given(node, 1, "mat1", "batch1"), _given(node, 2, "mat2", "batch2"), outer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx import random
 from mst_fx.custom import CUSTOM, row_function
+from mst_fx.effects import differentiates_itself
 from mst_fx.inductor import symbolic_sizes
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten, same_size
 from mst_fx.rules import find_rule
@@ -66,16 +68,30 @@ class RowTracer(TorchDispatchMode):
             self.b.bind(out, Shared(self.b.emit(operator.getitem, node, i)))
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Write an in-place op on a value made within the same node as its functional twin."""
+        """Write an in-place op as its functional twin, and let every name of the value mean the result."""
         target = args[0]
         name, overload = func._schema.name.split("::")[1], func._overloadname
         twin = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
-        if id(target) not in self._fresh or twin is None or not name.endswith("_"):
-            raise MixesTokensError(f"changes a value in place ({func.overloadpacket})")
+        names = self.b.names(target) if self._may_change(target) else None
+        moves = torch.Tag.inplace_view in func.tags and any(t is not target for t in names or ())
+        if names is None or twin is None or moves or not name.endswith("_"):
+            raise MixesTokensError(f"changes a value in place that may be seen from elsewhere ({func.overloadpacket})")
+        result = twin(*args, **kwargs)
+        self._record(twin, args, kwargs, [result])
+        new = self.b.lookup(result)
+        if new is None:
+            raise MixesTokensError(f"changes a value in place to something else ({func.overloadpacket})")
+        if isinstance(new, Row | Shared) and result.dtype != target.dtype:
+            new = replace(new, node=self.b.emit(aten._to_copy.default, new.node, dtype=target.dtype))
         out = func(*args, **kwargs)
-        self._record(twin, args, kwargs, [out])
+        for known in (*names, out):
+            self.b.bind(known, new)
         self._fresh.add(id(out))
         return out
+
+    def _may_change(self, target: torch.Tensor) -> bool:
+        """Whether a value was made within the same node: nobody else can see it."""
+        return id(target) in self._fresh
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -113,6 +129,8 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any, tracer: type[Ro
         return _run_custom(builder, node, fake_mode)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         raise MixesTokensError("is a kernel or a graph of its own, which is not looked into")
+    if differentiates_itself(node, fake_mode):
+        raise MixesTokensError("switches gradients off, or has a gradient of its own, where Dynamo does not look")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
     with fake_mode, recording(builder, tracer), symbolic_sizes():

@@ -17,16 +17,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mst_fx import ops
-from mst_fx.graph import (
-    fake,
-    fake_tensor,
-    grad_states,
-    is_autocast_switch,
-    is_in_place,
-    mutated_storages,
-    needs_grad,
-    storages,
-)
+from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.graph import fake, fake_tensor, grad_states, is_autocast_switch, needs_grad, storages
 from mst_fx.lift import Input, Lifted, Output
 from mst_fx.losses import LossCall, count, none_counts, read_by_count, sum_dtype
 from mst_fx.region import Region, module_stack, region_key

@@ -26,6 +26,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
+from mst_fx.inductor import storage_of
+
 aten = torch.ops.aten
 
 
@@ -133,6 +135,21 @@ class RowBuilder:
     def lookup(self, tensor: Any) -> Row | Shared | None:
         """Return the row form of ``tensor`` if it is known."""
         return self._env.get(id(tensor))
+
+    def names(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Return the known tensors that are the same memory, None if some see a part of it or come from outside."""
+        storage = storage_of(tensor)
+        outside = {storage_of(live.tensor) for live, _ in self.live_ins.values()}
+        found = [t for t in self._kept if self.lookup(t) is not None and storage_of(t) == storage]
+        same = all(
+            isinstance(self.lookup(t), type(self.lookup(tensor)))
+            and t.dtype == tensor.dtype
+            and t.storage_offset() == tensor.storage_offset()
+            and list(t.shape) == list(tensor.shape)
+            and t.stride() == tensor.stride()
+            for t in found
+        )
+        return found if same and storage not in outside else None
 
     def row(self, tensor: Any) -> Row | None:
         """Return the row form of ``tensor`` if it is token-wise."""

@@ -24,14 +24,13 @@ A ``Special`` may only go where it is known what it does there. All else has no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from mst_fx.inductor import storage_of
 from mst_fx.recorder import RowTracer
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, aten, same_size
 
@@ -131,27 +130,17 @@ class SlotTracer(RowTracer):
                 ids = slots[0].ids if keeps and out.ndim == 1 and out.dtype in EXACT_FOR_IDS else None
                 self.b.bind(out, SlotRow(row.kinds, row.node, slots[0].order, ids))
 
+    def _may_change(self, target: torch.Tensor) -> bool:
+        """Whether a value is of the slots, which the whole mixture is searched for readers of, or made in the node."""
+        return isinstance(self.b.form(target), SlotRow | Special) or super()._may_change(target)
+
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Write an in-place op as its functional twin, and let every name of the value mean the result."""
-        target = args[0]
-        form = self.b.form(target)
-        if not isinstance(form, SlotRow | Special):
-            return super()._in_place(func, args, kwargs)
-        names = self.b.names(target)
-        name, overload = func._schema.name.split("::")[1], func._overloadname
-        twin = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
-        if names is None or twin is None or not name.endswith("_"):
-            raise MixesTokensError(f"changes a value in place that is seen from elsewhere ({func.overloadpacket})")
-        result = twin(*args, **kwargs)
-        self._record(twin, args, kwargs, [result])
-        new: Any = self.b.form(result)
-        if isinstance(new, SlotRow) and result.dtype != target.dtype:
-            new = replace(new, node=self.b.emit(aten._to_copy.default, new.node, dtype=target.dtype))
-        out = func(*args, **kwargs)
-        if type(new) is not type(form) and not isinstance(new, Special):
+        """Write an in-place op as its functional twin; slots stay slots."""
+        form = self.b.form(args[0])
+        out = super()._in_place(func, args, kwargs)
+        new = self.b.form(out)
+        if isinstance(form, SlotRow | Special) and type(new) is not type(form) and not isinstance(new, Special):
             raise MixesTokensError(f"changes a value in place to something else ({func.overloadpacket})")
-        for known in (*names, out):
-            self.b.bind(known, new)
         return out
 
 
@@ -163,31 +152,10 @@ class SlotBuilder(RowBuilder):
         self.tokens, self.k = tokens, k
         self.products = 0
         """Products by expert so far."""
-        self._all: list[torch.Tensor] = []
-
-    def bind(self, tensor: torch.Tensor, value: Any) -> None:
-        """Record the form of ``tensor``."""
-        super().bind(tensor, value)
-        self._all.append(tensor)
 
     def form(self, tensor: Any) -> Any:
         """Return the form of ``tensor``, None if it comes from outside."""
         return self._env.get(id(tensor))
-
-    def names(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        """Return the known tensors that are the same memory, None if some see a part of it or come from outside."""
-        storage = storage_of(tensor)
-        outside = {storage_of(live.tensor) for live, _ in self.live_ins.values()}
-        found = [t for t in self._all if storage_of(t) == storage]
-        same = all(
-            isinstance(self.form(t), type(self.form(tensor)))
-            and t.dtype == tensor.dtype
-            and t.storage_offset() == tensor.storage_offset()
-            and list(t.shape) == list(tensor.shape)
-            and t.stride() == tensor.stride()
-            for t in found
-        )
-        return found if same and storage not in outside else None
 
     def counts_slots(self, size: Any) -> bool:
         """Whether a size is the number of slots."""

@@ -27,7 +27,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from mst_fx.graph import fake, fake_tensor, grad_states, is_in_place, ndim, needs_grad, node_name, storages, walking
+from mst_fx.effects import is_in_place
+from mst_fx.graph import fake, fake_tensor, grad_states, ndim, needs_grad, node_name, storages, walking
 from mst_fx.lift import Lifter, Output
 from mst_fx.losses import read_total
 from mst_fx.rows import Row, same_size

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import fake_tensor, mutated_storages, ndim, storages
+from mst_fx.effects import mutated_storages
+from mst_fx.graph import fake_tensor, ndim, storages
 from mst_fx.lift import Lifted, Output, finish_lift
 from mst_fx.losses import LossCall, ValueSum, count, is_divided, none_counts, sum_dtype
 from mst_fx.region import region_key

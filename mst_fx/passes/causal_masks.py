@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor, mutated_storages
+from mst_fx.effects import mutated_storages
+from mst_fx.graph import fake_tensor
 from mst_fx.masks import read_mask
 from mst_fx.report import RegionReport
 from mst_fx.rows import same_size

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor, grad_states, is_in_place, needs_grad, node_name, storages, walking
+from mst_fx.effects import is_in_place
+from mst_fx.graph import fake_tensor, grad_states, needs_grad, node_name, storages, walking
 from mst_fx.indexing import Writer, write_item
 from mst_fx.report import RegionReport
 from mst_fx.rules.registry import UNTAGGED
@@ -82,7 +83,7 @@ def find_twin(node: fx.Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]
     """Return the same call out of place as (op, target, args, kwargs), None where there is none."""
     name = node_name(node)
     base, function = name.rstrip("_"), node.target
-    if "out" in node.kwargs or isinstance(function, torch._ops.OpOverload):
+    if not name or "out" in node.kwargs:
         return None
     if node.op == "call_method":
         return ("call_method", base, node.args, node.kwargs) if _is_elementwise(base) or base in _SCATTERS else None

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake, ndim, walking
+from mst_fx.graph import fake, ndim, node_name, walking
 from mst_fx.indexing import Writer
 from mst_fx.report import RegionReport
 
@@ -35,7 +35,7 @@ def localize_shards(graph: Graph, context: Context) -> list[RegionReport]:
         return []
     with walking(graph.module) as nodes:
         for node in nodes:
-            linear = node.op == "call_function" and getattr(node.target, "__name__", "") == "linear"
+            linear = node.op == "call_function" and node_name(node) == "linear"
             if linear and not _by_columns(node, context.fake_mode):
                 _by_rows(node, context.fake_mode)
     return []

@@ -20,7 +20,8 @@ from typing import Any
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.graph import fake_tensor, mutated_storages, node_name, storages
+from mst_fx.effects import mutated_storages
+from mst_fx.graph import fake_tensor, node_name, storages
 from mst_fx.indexing import Writer, pick_labels, token_index
 from mst_fx.joined import join_rows
 from mst_fx.projections import read_projection

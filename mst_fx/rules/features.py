@@ -145,6 +145,8 @@ def _nll_loss(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: 
     if x.kinds != (True, False) or reduction != 0:
         raise MixesTokensError("reduces the loss over all tokens")
     row = b.row(target) or b.chunked(target, (True,))
+    if row.kinds != (True,):
+        raise MixesTokensError("takes a loss against labels that are not one for each token")
     shared = None if weight is None else b.shared(weight)
     node = b.emit(func, x.node, row.node, shared, reduction, ignore_index)
     return [Row((True,), b.emit(operator.getitem, node, 0))]  # the total weight is 0 without a reduction

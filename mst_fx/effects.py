@@ -1,0 +1,252 @@
+"""What a node of a Dynamo graph does beside giving a value: what it changes in place, what its gradient is.
+
+In place: told by what it calls. A registered op by its schema, torch's own functions by their names (``relu_``,
+``inplace``, ``out``) and a short list of those whose names don't say it, a graph of its own by the nodes in it. Any
+other Python function that Dynamo left in the graph (``allow_in_graph``) is run on fake values and watched.
+
+Gradient: that of the ATen ops it is made of, which is what a chunk body differentiates. Functions that nobody looked
+into may be made otherwise: by an autograd function, or with gradients off in part.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mst_fx.graph import called_name, fake, node_name, storages, tensors_in
+from mst_fx.inductor import fake_mode_of, storage_of, symbolic_sizes
+
+_OPERATORS = {
+    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
+    "itruediv", "ixor",
+}  # fmt: skip
+_METHODS = {"__setitem__", *(f"__{name}__" for name in _OPERATORS)}
+_QUIET: dict[Any, tuple[str, tuple[str, ...]]] = {
+    F.batch_norm: ("training", ("running_mean", "running_var")),
+    F.instance_norm: ("use_input_stats", ("running_mean", "running_var")),
+    F.embedding: ("max_norm", ("weight",)),
+    F.embedding_bag: ("max_norm", ("weight",)),
+}
+"""Functions that change arguments without a name that says so: the argument that makes them, and what they change."""
+_QUIET_BUILTINS = {"batch_norm", "instance_norm", "native_batch_norm", "fused_moving_avg_obs_fake_quant"}
+"""The same of functions without a signature: any argument may change."""
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node may change a value that was there before it."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name in _METHODS
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return bool(_written_by_graphs(node))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return any(_may_write(getattr(node.target, name)._schema, node.kwargs) for name in node.target.overloads())
+    if "out" in node.kwargs or node.target is operator.setitem or _argument(node, "inplace"):
+        return True
+    if node.target in _QUIET:
+        return bool(_argument(node, _QUIET[node.target][0])) and bool(_quiet(node))
+    name = called_name(node)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _OPERATORS
+    if (name.endswith("_") and not name.endswith("__")) or name in _QUIET_BUILTINS:
+        return True
+    return _is_foreign(node) and bool(_watched(node))
+
+
+def mutated_storages(node: fx.Node) -> set[int]:
+    """Return the storages an in-place node may change: an operator's first argument's, else all tensor arguments'."""
+    if not is_in_place(node):
+        return set()
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_by_graphs(node)
+    if _is_foreign(node):
+        return _watched(node)
+    operates = getattr(node.target, "__module__", "") == "_operator" and isinstance(node.args[0], fx.Node)
+    written = [node.args[0]] if operates else _quiet(node) if node.target in _QUIET else node.all_input_nodes
+    return set().union(*(storages(n) for n in written))  # pyright: ignore[reportArgumentType]
+
+
+def _quiet(node: fx.Node) -> list[fx.Node]:
+    given = (_argument(node, name) for name in _QUIET[node.target][1])
+    return [v for v in given if isinstance(v, fx.Node)]
+
+
+def _may_write(schema: Any, kwargs: Any) -> bool:
+    """Whether a call that gives these keywords, by one overload of an op, changes an argument."""
+    writes = (a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return any(not a.kwarg_only or a.name in kwargs for a in writes)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """Return an argument of a call by name, wherever it was given; None without such a parameter."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    parameters = _parameters(node.target)
+    if name not in parameters:
+        return None
+    position = parameters.index(name)
+    return node.args[position] if position < len(node.args) else None
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+# -- nodes with graphs of their own --------------------------------------------------------------------
+
+
+def _written_by_graphs(node: fx.Node) -> set[int]:
+    """Return what a node changes by the graphs it calls, or by a kernel: all its tensors then, as which is not told."""
+    changes = "mutation" in str(node.target) or "auto_functionalized" in str(node.target)
+    if not (changes or any(_writes_an_input(g) for g in _graphs(node))):
+        return set()
+    return set().union(*(storages(n) for n in node.all_input_nodes))
+
+
+def _graphs(node: fx.Node) -> Iterator[fx.GraphModule]:
+    for given in node.all_input_nodes:
+        if given.op == "get_attr":
+            owner: Any = node.graph.owning_module
+            for part in str(given.target).split("."):
+                owner = getattr(owner, part, None)
+            if isinstance(owner, fx.GraphModule):
+                yield owner
+
+
+def _writes_an_input(module: fx.GraphModule) -> bool:
+    writing = [n for n in module.graph.nodes if is_in_place(n)]
+    if not writing:
+        return False
+    given = set().union(*(storages(n) for n in module.graph.nodes if n.op in ("placeholder", "get_attr")))
+    return any(mutated_storages(n) & given for n in writing)
+
+
+# -- functions nobody looked into ------------------------------------------------------------------------------
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls a Python function that is neither torch's nor Python's own."""
+    target = node.target
+    if node.op != "call_function" or node_name(node) or isinstance(
+        target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
+    ):  # fmt: skip
+        return False
+    module = str(getattr(target, "__module__", None) or "torch")  # torch's builtins have none
+    return module.split(".")[0] not in ("torch", "builtins", "math", "_operator")
+
+
+def _watched(node: fx.Node) -> set[int]:
+    """Return the storages that such a function changes when it runs on fake values; any, where it can't."""
+    values = [v for n in node.all_input_nodes for v in tensors_in(fake(n))]
+    known = node.meta.get("mst_writes")
+    if known is None or known[0] != [id(v) for v in values]:
+        known = node.meta["mst_writes"] = ([id(v) for v in values], _watch(node, values))
+    return known[1]
+
+
+def _watch(node: fx.Node, values: list[torch.Tensor]) -> set[int]:
+    mode = fake_mode_of(values)
+    any_of_them = {storage_of(v) for v in values if v.layout is torch.strided}
+    if mode is None:
+        return any_of_them
+
+    def view(n: fx.Node) -> Any:
+        """Return a node's value, its tensors as others on the same storages: what is done to them is not its own."""
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, fake(n))
+
+    try:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), view)
+        with mode, torch.no_grad(), symbolic_sizes(), _Writes() as watch:
+            node.target(*args, **kwargs)  # pyright: ignore
+    except Exception:
+        return any_of_them
+    return watch.found & any_of_them
+
+
+class _Writes(TorchDispatchMode):
+    """Notes the storages that ops change in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            names = [a.name for a in func._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    leaves = pytree.tree_leaves(given.get(argument.name))
+                    self.found |= {storage_of(v) for v in leaves if isinstance(v, torch.Tensor)}
+        return func(*args, **kwargs)
+
+
+def differentiates_itself(node: fx.Node, fake_mode: Any) -> bool:
+    """Whether a call's gradient is, or may be, another than that of the ATen ops it runs."""
+    if node.op != "call_function" or node_name(node) or _is_aten(node.target):
+        return False
+    if not any(v.requires_grad for v in tensors_in(fake(node))):
+        return False
+
+    def leaf(n: fx.Node) -> Any:
+        def copied(v: torch.Tensor) -> torch.Tensor:
+            return v.detach().requires_grad_(v.requires_grad)
+
+        return pytree.tree_map_only(torch.Tensor, copied, fake(n))
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), leaf)
+    try:
+        with fake_mode, torch.inference_mode(False), torch.enable_grad(), symbolic_sizes(), _GradModes() as watch:
+            out = node.target(*args, **kwargs)  # pyright: ignore
+    except Exception:
+        return True
+    return watch.off or any(map(_has_own_function, tensors_in(out)))
+
+
+def _is_aten(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace == "aten"
+    return isinstance(target, torch._ops.OpOverloadPacket) and target._qualified_op_name.startswith("aten::")
+
+
+class _GradModes(TorchDispatchMode):
+    """Notes whether an op ran with gradients off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.off |= not torch.is_grad_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+def _has_own_function(value: torch.Tensor) -> bool:
+    """Whether an autograd function written in Python is among those a value came by."""
+    stack, seen = [value.grad_fn], set[Any]()
+    while stack:
+        made = stack.pop()
+        if made is not None and made not in seen:
+            if isinstance(made, torch.autograd.function.BackwardCFunction):
+                return True
+            seen.add(made)
+            stack += [f for f, _ in made.next_functions]
+    return False
