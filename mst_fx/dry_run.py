@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) ->
     """Return a function that runs ``fn`` once, traced and uncompiled, and reports on its graphs.
 
     The calling convention is that of ``torch._dynamo.explain``. A model whose parameters are fake tensors is traced
-    with these, and nothing is computed.
+    with these, and nothing is computed. Dynamo is reset before and after: what the process had compiled is compiled
+    again when it is next called.
 
     Args:
-        fn: A model or a function.
+        fn: A model or a function, compiled already or not.
         options: As for ``torch.compile``; ``mst.*`` keys are honoured.
 
     Raises:
@@ -48,9 +49,24 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) ->
         torch._dynamo.reset()
         join_graphs()
         try:
-            torch.compile(fn, backend=record)(*args, **kwargs)
+            with _not_compiled_in_place(fn):
+                torch.compile(fn, backend=record)(*args, **kwargs)
         finally:
             torch._dynamo.reset()
         return join_reports(found)
 
     return inner
+
+
+@contextlib.contextmanager
+def _not_compiled_in_place(fn: Any) -> Iterator[None]:
+    """Have modules that were compiled by ``module.compile`` run as if they were not, for Dynamo to trace them."""
+    modules = list(fn.modules()) if isinstance(fn, torch.nn.Module) else []
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call

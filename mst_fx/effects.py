@@ -149,7 +149,8 @@ def _is_foreign(node: fx.Node) -> bool:
     ):  # fmt: skip
         return False
     module = str(getattr(target, "__module__", None) or "torch")  # torch's builtins have none
-    return module.split(".")[0] not in ("torch", "builtins", "math", "_operator")
+    # A module declared token-wise is looked into where it is traced.
+    return module.split(".")[0] not in ("torch", "builtins", "math", "_operator", "mst_fx")
 
 
 def _watched(node: fx.Node) -> set[int]:
@@ -205,6 +206,7 @@ def differentiates_itself(node: fx.Node, fake_mode: Any) -> bool:
         return False
     if not any(v.requires_grad for v in tensors_in(fake(node))):
         return False
+    target: Any = node.target
 
     def leaf(n: fx.Node) -> Any:
         def copied(v: torch.Tensor) -> torch.Tensor:
@@ -215,9 +217,11 @@ def differentiates_itself(node: fx.Node, fake_mode: Any) -> bool:
     args, kwargs = fx.map_arg((node.args, node.kwargs), leaf)
     try:
         with fake_mode, torch.inference_mode(False), torch.enable_grad(), symbolic_sizes(), _GradModes() as watch:
-            out = node.target(*args, **kwargs)  # pyright: ignore
+            out = target(*args, **kwargs)
     except Exception:
         return True
+    if watch.ops & {target, getattr(target, "overloadpacket", None)}:
+        return False  # a registered op that is not made of others: a rule knows it, or none
     return watch.off or any(map(_has_own_function, tensors_in(out)))
 
 
@@ -228,13 +232,15 @@ def _is_aten(target: Any) -> bool:
 
 
 class _GradModes(TorchDispatchMode):
-    """Notes whether an op ran with gradients off."""
+    """Notes which ops ran, and whether one did with gradients off."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.ops: set[Any] = set()
         self.off = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops |= {func, getattr(func, "overloadpacket", func)}
         self.off |= not torch.is_grad_enabled()
         return func(*args, **(kwargs or {}))
 

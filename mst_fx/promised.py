@@ -221,13 +221,19 @@ def _body(function: ModuleRows, chunked: tuple[InputSpec, ...], shared: tuple[In
 def _check(traced: fx.GraphModule) -> None:
     given = {storage_of(n.meta["val"]) for n in traced.graph.nodes if n.op == "placeholder"}
     for node in traced.graph.nodes:
+        graphs = isinstance(node.target, torch._ops.HigherOrderOperator) and "triton" not in str(node.target)
+        if graphs:
+            raise MixesTokensError(f"it calls graphs of its own ({node.target}), which are not looked into")
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise MixesTokensError(f"it draws random numbers ({node.target}), which would differ in the backward")
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+        arguments = node.target._schema.arguments
+        values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+        for argument in arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, fx.Node) and storage_of(value.meta["val"]) in given:
+            changed = pytree.tree_leaves(values.get(argument.name)) if written else []
+            if any(isinstance(v, fx.Node) and storage_of(v.meta["val"]) in given for v in changed):
                 raise MixesTokensError(f"it changes an input, a parameter or a buffer in place ({node.target})")
 
 

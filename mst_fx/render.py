@@ -29,7 +29,9 @@ def explain_text(report: Report) -> str:
     """Return the headline, a table of every region considered (equal ones folded), and what can be done."""
     lines = [headline(report)]
     groups = list(folded_regions(report.regions))
-    if not any(not g[0].is_attention for g in groups):
+    if not report.num_graphs:
+        lines.append("  Dynamo traced no graph; TORCH_LOGS=graph_breaks says why")
+    elif all(g[0].is_attention for g in groups):
         lines.append("  no wide token-wise region found; compiled as plain Inductor would")
     if groups:
         lines += _table(groups)

@@ -9,9 +9,9 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import fx
-
 if TYPE_CHECKING:
+    from torch import fx
+
     from mst_fx.liveness import Timeline
 
 

@@ -158,6 +158,8 @@ def _read_logits(region: Region, graph: Graph, context: Context) -> list[tuple[f
             lifter = Lifter(region, context.fake_mode)
             lifter.record()
             head = finish_lift(lifter, [Output(value, lifter.rows[value])], hoist=False)
+            if head.body.has_seed:
+                raise MixesTokensError("they are random")
             known = fake_tensor(value)
             if known is None or any(_size_source(s, head) is None for s in known.shape):
                 return Mismatch(
