@@ -62,6 +62,8 @@ class Context:
     logits: list[LogitsSpec] = field(default_factory=list)
     mutated: dict[fx.GraphModule, set[int]] = field(default_factory=dict)
     """Per graph, the storages that change in place in it."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of a graph as a whole."""
     masks: int = 0
     """How many attentions were relieved of their mask."""
     allowed: frozenset[str] | None = None

@@ -66,6 +66,20 @@ def is_in_place(node: fx.Node) -> bool:
     return _is_foreign(node) and bool(_watched(node))
 
 
+_RESHAPES = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
+_RESETS = {"resize_", "resize_as_", "set_", "as_strided_", "detach_"}
+
+
+def reshapes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes what a value of this graph looks like, not what is in it.
+
+    Dynamo ran it on the value's fake tensor: the node that made the value has the later shape in ``meta``.
+    """
+    target = node.args[0] if node.op in ("call_method", "call_function") and node.args else None
+    given = not isinstance(target, fx.Node) or target.op in ("placeholder", "get_attr")
+    return not given and node_name(node) in _RESHAPES | _RESETS
+
+
 def mutated_storages(node: fx.Node) -> set[int]:
     """Return the storages an in-place node may change: an operator's first argument's, else all tensor arguments'."""
     if not is_in_place(node):

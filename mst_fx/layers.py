@@ -124,7 +124,8 @@ def _block(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     *nodes, output = inner.graph.nodes
     holders = [n for n in nodes if n.op == "placeholder"]
-    return _written(holders, [n for n in nodes if n.op != "placeholder"], output.args[0])
+    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)  # a hook's: one node
+    return _written(holders, [n for n in nodes if n.op != "placeholder"], results)
 
 
 def _block_graph(node: fx.Node) -> fx.GraphModule | None:

@@ -14,7 +14,8 @@ from torch import fx
 
 from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
-from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, fake, fake_tensor, source_of, walking
+from mst_fx.effects import reshapes_in_place
+from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, called_name, fake, fake_tensor, source_of, walking
 from mst_fx.inductor import apart_from_autograd_settings, breaks_so_far, fake_mode_of, graph_break, keep_source
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.losses import is_loss, read_loss
@@ -74,6 +75,7 @@ def run_passes(
                 if only is not None:
                     context.allowed = frozenset(key for name, key in only if name == graph.name)
                 _run_on(graph, context)
+    notes += context.notes
     broken = graph_break(module)
     if broken is not None and any(r.kind == "loss" and r.status == "skipped" for r in context.reports):
         notes.append(f"a graph break ends the graph of these logits at {broken[0]}: {broken[1]}")
@@ -105,15 +107,27 @@ def run_passes(
 
 def _run_on(graph: Graph, context: Context) -> None:
     for name, run in PASSES:
-        if name in context.config.disable:
-            continue
-        before, known = snapshot(graph.module), set(graph.module.graph.nodes)
-        context.reports += [dataclasses.replace(r, graph=graph.name) for r in run(graph, context)]
-        for node in graph.module.graph.nodes:
-            if node not in known:
-                node.meta["mst_new"] = True
-        verify(graph.module, before, name, context.fake_mode)
+        if name not in context.config.disable:
+            before, known = snapshot(graph.module), set(graph.module.graph.nodes)
+            context.reports += [dataclasses.replace(r, graph=graph.name) for r in run(graph, context)]
+            for node in graph.module.graph.nodes:
+                if node not in known:
+                    node.meta["mst_new"] = True
+            verify(graph.module, before, name, context.fake_mode)
+        if name == "functionalize" and not _shapes_are_known(graph, context):
+            break
     graph.module.recompile()
+
+
+def _shapes_are_known(graph: Graph, context: Context) -> bool:
+    """Whether no value's shape changes in place any more; one that does is noted, and the graph is left alone."""
+    node = next(filter(reshapes_in_place, graph.module.graph.nodes), None)
+    if node is not None:
+        what = f"`{called_name(node)}` changes what a value looks like in place ({source_of(node)})"
+        context.notes.append(
+            f"{what}: its graph is left alone. Spell it out of place (x = x.{str(node.target)[:-1]}(...))"
+        )
+    return node is None
 
 
 KEPT = ("example_value", "stack_trace", "nn_module_stack", "mst_origin", "mst_region")

@@ -4,7 +4,8 @@
  -> y = linear(x, W); r = relu(y); z = f(r)
 
 Allowed where the changed value was made in this graph, nothing that shares its memory is read later, and both nodes
-record gradients alike. Only elementwise ops, dropout, scatter and fill, and ``x[...] = y`` as ``indexing`` spells it.
+record gradients alike. Only elementwise ops, dropout, scatter and fill, and ``x[...] = y`` as ``indexing`` spells it;
+and what changes a value's shape in place (``squeeze_``), which becomes a view.
 Not handled: values that are seen through views, inputs, parameters.
 """
 
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.chunking import Context, Graph
-from mst_fx.effects import is_in_place
-from mst_fx.graph import fake_tensor, grad_states, needs_grad, node_name, storages, walking
+from mst_fx.effects import is_in_place, reshapes_in_place
+from mst_fx.graph import fake, fake_tensor, grad_states, needs_grad, node_name, run_on_fakes, storages, walking
 from mst_fx.indexing import Writer, write_item
 from mst_fx.report import RegionReport
 from mst_fx.rules.registry import UNTAGGED
@@ -37,7 +38,9 @@ def functionalize(graph: Graph, context: Context) -> list[RegionReport]:
     """Replace every in-place op whose target is private."""
     with walking(graph.module) as nodes:
         for node in nodes:
-            if is_in_place(node):
+            if reshapes_in_place(node):
+                replace_reshape(graph.module, node, context.fake_mode)
+            elif is_in_place(node):
                 replace_in_place(graph.module, node, context.fake_mode)
     return []
 
@@ -58,12 +61,49 @@ def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> b
     if new is None or old is None or value is None or value.dtype != old.dtype or value.shape != old.shape:
         writer.undo()
         return False
+    # Views made later have fake values on the old storage: only on that one are they seen to share memory with it.
+    with fake_mode, torch.no_grad():
+        new.meta["example_value"] = old.detach().requires_grad_(value.requires_grad)
+    _take_over(module, node, target, new, writer, order)
+    return True
+
+
+def _take_over(
+    module: fx.GraphModule, node: fx.Node, target: fx.Node, new: fx.Node, writer: Writer, order: dict[fx.Node, int]
+) -> None:
+    """Have ``new`` read where ``node`` was, and where its target was after it."""
     # It is the same step of the user's code spelled otherwise, so it keeps its origin: no change for who reads a diff.
     for built in writer.built:
         built.meta |= {k: v for k, v in node.meta.items() if k == "mst_origin"}
     target.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
+
+
+def replace_reshape(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> bool:
+    """Replace ``x.transpose_(0, 1)`` by a view that is read from there on; returns whether that could be done.
+
+    Another view of ``x`` does not change with it, so nobody can tell. The fake value of ``x``, which Dynamo has
+    reshaped as well, is made anew.
+    """
+    target: Any = node.args[0]
+    writer = Writer(node, fake_mode)
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    try:
+        if node.op != "call_method" or is_in_place(target) or isinstance(fake(target.args[0]), (tuple, list)):
+            return False
+        shown, made = fake_tensor(target), run_on_fakes(target, fake_mode)
+        same = [n for n in order if order[n] < order[node] and fake(n) is shown]
+        if shown is None or same != [target]:
+            return False
+        with fake_mode, torch.no_grad():
+            whole = shown.detach().as_strided(made.shape, made.stride(), made.storage_offset())
+            target.meta["example_value"] = whole.requires_grad_(shown.requires_grad)
+        new = writer.create("call_method", str(node.target)[:-1], node.args, node.kwargs)
+    except Exception:
+        writer.undo()
+        return False
+    _take_over(module, node, target, new, writer, order)
     return True
 
 
