@@ -98,7 +98,7 @@ def replace_reshape(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> bo
             return False
         with fake_mode, torch.no_grad():
             whole = shown.detach().as_strided(made.shape, made.stride(), made.storage_offset())
-            target.meta["example_value"] = whole.requires_grad_(shown.requires_grad)
+            target.meta["example_value"] = whole.requires_grad_(made.requires_grad and writer.grad)
         new = writer.create("call_method", str(node.target)[:-1], node.args, node.kwargs)
     except Exception:
         writer.undo()

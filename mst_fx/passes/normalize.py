@@ -22,7 +22,7 @@ from torch import fx
 from mst_fx.chunking import Context, Graph
 from mst_fx.effects import mutated_storages
 from mst_fx.graph import fake_tensor, node_name, storages
-from mst_fx.indexing import Writer, pick_labels, token_index
+from mst_fx.indexing import Writer, pick_labels, slice_features, token_index
 from mst_fx.joined import join_rows
 from mst_fx.projections import read_projection
 from mst_fx.region import AMPLIFICATION
@@ -105,7 +105,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     if name == "masked_fill":
         given = fake_tensor(node.args[1])
         return [node.args[0]] if given is not None and given.ndim < 2 and not isinstance(node.args[2], fx.Node) else []  # pyright: ignore
-    at = {"slice_features": 1, "slice_scatter": 2}.get(name)
+    at = 1 if node.target is slice_features else 2 if name == "slice_scatter" else None
     return node.all_input_nodes if at is not None and node.args[at] == value.ndim - 1 else []
 
 
