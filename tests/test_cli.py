@@ -3,12 +3,15 @@
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from mst_fx import cli
+from mst_fx import cli, pipeline, show
+from mst_fx.verify import VerifyError
 from tests.models import Between, LanguageModel, SwiGLU, token_inputs
 from tests.test_check import plant
 
@@ -162,9 +165,37 @@ def test_a_traceback_shows_only_the_users_frames(capsys) -> None:
 
 
 def test_unwritable_page_is_found_before_the_work(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "build_model", lambda spec: pytest.fail("worked first"))
+    monkeypatch.setattr(show, "build_model", lambda spec: pytest.fail("worked first"))
     assert cli.main(["diff", *ENTRY, "--html", "/no/such/folder/p.html"]) == 2
     assert "can't be written" in capsys.readouterr().err
+
+
+def test_nothing_chunked_under_strict_and_a_bug_of_ours_are_no_mistakes_of_the_users(capsys, monkeypatch) -> None:
+    assert cli.main(["explain", *ENTRY[:2], "--option", "chunk_tokens=10000", "--option", "strict=true"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mst-fx explain: mst.strict: nothing was chunked")
+    assert "TORCHDYNAMO_VERBOSE" not in error
+
+    def broken(*_):
+        raise VerifyError("node linear is gone")
+
+    passes = tuple((name, broken if name == "chunk_mlp" else run) for name, run in pipeline.PASSES)
+    monkeypatch.setattr(pipeline, "PASSES", passes)
+    assert cli.main(["explain", *ENTRY]) == 1
+    assert "a bug of mst_fx; please report it: node linear is gone" in capsys.readouterr().err
+
+
+def test_the_package_and_the_commands_help_do_not_wait_for_torch() -> None:
+    script = """
+import sys, mst_fx.cli
+try:
+    mst_fx.cli.main(["--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "finetune" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_check_that_cannot_be(capsys) -> None:

@@ -231,7 +231,6 @@ MOVES: dict[str, Callable[..., Any]] = {
     "back again": lambda s, x: s.mlp(x.transpose(0, 1)).transpose_(0, 1),
     "squeeze_": lambda s, x: s.mlp(x[:, None]).squeeze_(1) + x,
     "unsqueeze_": lambda s, x: s.mlp(x).unsqueeze_(0),
-    "detach_": lambda s, x: _then(s.mlp(x), lambda y: y.square() + y.detach_(), last=True),
     "twice": lambda s, x: s.mlp(x).unsqueeze_(0).transpose_(1, 2) * 2,
     "read before": lambda s, x: _then(s.mlp(x), lambda y: y.mean() + y.swapaxes_(0, 1), last=True),
     "labels' logits": lambda s, x: -s.head(x).log_softmax(-1).gather(-1, LABELS.repeat(2, 1)[..., None]).squeeze_(-1),

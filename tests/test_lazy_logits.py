@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mst_fx
 from mst_fx.lazy_logits import LazyLogits
 from tests.harness import DEVICE, EAGER, check_exact, chunked
 from tests.models import hf, hf_inputs
@@ -189,6 +190,20 @@ def test_keep_gives_real_logits_with_gradients() -> None:
 def test_keep_is_exact_and_chunked() -> None:
     ours = check_exact(hf("gemma2"), hf_inputs("gemma2"), options={"mst.logits": "keep"})
     assert chunked(ours.report, "loss") == 1
+
+
+def test_random_logits_are_not_put_off() -> None:
+    """Drawn again when they are read they would be others than those of the loss."""
+    head = torch.nn.Linear(16, 61)
+
+    def fn(x: torch.Tensor, labels: torch.Tensor):
+        logits = F.dropout(head(x), 0.5)
+        return F.cross_entropy(logits, labels), logits
+
+    x, labels = torch.randn(24, 16), torch.randint(0, 61, (24,))
+    loss, logits = torch.compile(fn, backend="mst", options={"mst.chunk_tokens": 8, **EAGER})(x, labels)
+    torch.testing.assert_close(F.cross_entropy(logits, labels), loss)
+    assert "they are random" in str(mst_fx.reports()[-1])
 
 
 def test_drop_gives_none() -> None:

@@ -8,7 +8,7 @@ from torch import fx
 
 from mst_fx import kernels
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
-from mst_fx.chunking import Context, compile_region
+from mst_fx.chunking import Context, _size_class, compile_region
 from mst_fx.config import Config
 from mst_fx.plan import ChunkPlan
 from mst_fx.random import KEEP_MASK
@@ -149,6 +149,21 @@ def test_names_follow_content() -> None:
     one, two = swiglu_body(torch.float64), swiglu_body(torch.float32)
     assert one.digest("map") == swiglu_body(torch.float64).digest("map")
     assert len({one.digest("map"), one.digest("sum"), two.digest("map")}) == 3
+
+
+def test_names_follow_the_sources_that_answer_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's caches hold graphs that know a body by its name, and its results by their order."""
+    before = swiglu_body(torch.float64).digest("map")
+    monkeypatch.setattr("mst_fx.body.own_sources", lambda: "of another version")
+    assert swiglu_body(torch.float64).digest("map") != before
+
+
+def test_a_body_for_short_chunks_does_not_serve_those_that_count_in_64_bits() -> None:
+    body = swiglu_body(torch.float32)
+    widest = max(s for spec in body.inputs for s in spec.shape if isinstance(s, int))
+    near = 2**31 // widest
+    assert _size_class(body, 1024) == _size_class(body, 2048) == 0
+    assert len({_size_class(body, n) for n in (1024, near // 2, near, 2 * near)}) == 4
 
 
 def test_double_backward_is_refused() -> None:

@@ -28,6 +28,18 @@ def test_explain_describes_every_region() -> None:
     assert mst_fx.reports() == []
 
 
+def test_explain_of_a_model_that_is_compiled_already() -> None:
+    """In place or not, it is traced anew, and stays compiled."""
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    model.compile(backend="mst", options=OPTIONS)
+    assert len(mst_fx.explain(model, OPTIONS)(**inputs).chunked) == 2
+    assert len(mst_fx.explain(torch.compile(LanguageModel(SwiGLU()), backend="mst"), OPTIONS)(**inputs).chunked) == 2
+    assert mst_fx.reports() == []
+    model(**inputs)
+    assert len(mst_fx.reports()) == 1
+    assert "Dynamo traced no graph" in str(mst_fx.explain(lambda x: x.tolist())(torch.ones(2)))
+
+
 def test_the_source_of_a_region_is_the_users_under_a_default_device() -> None:
     """With one set, every call passes through a function of torch's."""
     before = torch.get_default_device()

@@ -154,8 +154,15 @@ def counted(s, x):
     return s.down(F.gelu(s.up(x)))
 
 
+def counted_into(s, x):
+    with torch.no_grad():
+        torch.add(s.count, 1.0, out=s.count)
+    return s.down(F.gelu(s.up(x)))
+
+
 REFUSED = {
     "buffer_updated": (counted, "buffer in place"),
+    "buffer_given_as_out": (counted_into, "buffer in place"),
     "noise": (lambda s, x: s.down(s.up(x) + torch.rand_like(s.up(x))), "random numbers"),
     "scalar_output": (lambda s, x: (s.down(s.up(x)), x.mean()), "output 1 has shape .*no row per token"),
 }

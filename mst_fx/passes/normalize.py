@@ -39,7 +39,7 @@ def normalize(graph: Graph, context: Context) -> list[RegionReport]:
         if spell_pick(node, context.fake_mode):
             continue
         found = find_token_slice(node)
-        if found is not None and not _changes_between(graph.module, found[0], node):
+        if found is not None and not _changes(graph.module, found[0]):
             hoist_slice(graph.module.graph, node, *found)
     return []
 
@@ -125,12 +125,11 @@ def _slices_tokens(index: Any, ndim: int) -> bool:
     return items[-1] == slice(None) and any(i not in (slice(None), slice(0, None)) for i in items)
 
 
-def _changes_between(module: fx.GraphModule, chain: list[fx.Node], node: fx.Node) -> bool:
-    """Whether a value of the chain changes in place before the slice reads it."""
+def _changes(module: fx.GraphModule, chain: list[fx.Node]) -> bool:
+    """Whether a value of the chain changes in place once it is there: its slice is a view, a hoisted one is not."""
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     held = set().union(*(storages(n) for n in chain))
-    between = (n for n in module.graph.nodes if order[chain[-1]] < order[n] < order[node])
-    return any(mutated_storages(n) & held for n in between)
+    return any(mutated_storages(n) & held for n in module.graph.nodes if order[n] > order[chain[-1]])
 
 
 def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any) -> None:
