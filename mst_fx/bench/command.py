@@ -107,10 +107,10 @@ def _shapes(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1")
     if not (args.hf or args.entry):
         return settings
-    flag = "--hf" if args.hf else "--entry"
-    if args.question in ("head", "mlp") or (args.entry and args.question == "length"):
-        why = f"goes with model and compile{', and --hf with length' if args.hf is None else ' and length'}"
-        raise UsageError(f"{flag} {why}")
+    if args.hf and args.question in ("head", "mlp"):
+        raise UsageError("--hf goes with model, length and compile")
+    if args.entry and args.question not in ("model", "compile"):
+        raise UsageError("--entry goes with model and compile; its function makes inputs of one length")
     if args.entry:
         if settings:
             raise UsageError("--set goes with --hf; the function of --entry makes its own model and inputs")
