@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
 from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
-from mst_fx.config import Config
+from mst_fx.context import Context
 from mst_fx.fold import Fold, folds
 from mst_fx.graph import fake, fake_tensor, module_path, tensors_in
 from mst_fx.inductor import compile_body, global_settings, storage_of
-from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Output, lift
 from mst_fx.ops import BODIES, CompiledBody
 from mst_fx.plan import ChunkPlan, plan_chunks
@@ -35,39 +32,6 @@ log = logging.getLogger(__name__)
 
 SYMBOLIC_TOKENS = 2**14
 """One graph serves every length of a symbolic T, so it is planned for a long one; short ones are one chunk."""
-
-
-@dataclass
-class Graph:
-    """One graph to work on: the outermost one or that of a checkpointed block."""
-
-    module: fx.GraphModule
-    name: str
-    """Path of a checkpointed block's graph, "" for the outermost."""
-    outer: dict[fx.Node, fx.Node]
-    """For a checkpointed block, placeholders -> the caller's values."""
-    ambient: Callable[[], contextlib.AbstractContextManager[Any]]
-    """The autocast state the graph runs under."""
-    checkpointed: bool
-
-
-@dataclass
-class Context:
-    """What a pass works with and adds to."""
-
-    config: Config
-    fake_mode: Any
-    reports: list[RegionReport] = field(default_factory=list)
-    bodies: dict[str, BodyCode] = field(default_factory=dict)
-    logits: list[LogitsSpec] = field(default_factory=list)
-    mutated: dict[fx.GraphModule, set[int]] = field(default_factory=dict)
-    """Per graph, the storages that change in place in it."""
-    notes: list[str] = field(default_factory=list)
-    """What is to be said of a graph as a whole."""
-    masks: int = 0
-    """How many attentions were relieved of their mask."""
-    allowed: frozenset[str] | None = None
-    """Keys of the regions of the graph at hand that may be rewritten; None for all."""
 
 
 class BodyError(Exception):
@@ -89,15 +53,15 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
     if region.partial_sums:
         accumulators += sum(_row_bytes(s.shape, s.dtype) for s in trained)
     plan = plan_chunks(
-        region.kind,
-        hint,
-        wide,
-        narrow,
-        accumulators if trains else 0,
-        context.config.chunk_tokens,
-        device,
-        min((s.dtype.itemsize for s in lifted.body.chunked if s.dtype.is_floating_point), default=4),
-        any(sum_itemsize(s.dtype, accumulate, s.shape, s.device) > s.dtype.itemsize for s in trained),
+        kind=region.kind,
+        tokens=hint,
+        wide_bytes=wide,
+        narrow_bytes=narrow,
+        accumulator_bytes=accumulators if trains else 0,
+        chunk_tokens=context.config.chunk_tokens,
+        device=device,
+        itemsize=min((s.dtype.itemsize for s in lifted.body.chunked if s.dtype.is_floating_point), default=4),
+        wider_sums=any(sum_itemsize(s.dtype, accumulate, s.shape, s.device) > s.dtype.itemsize for s in trained),
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
 

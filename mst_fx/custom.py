@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-CUSTOM = torch.ops.higher_order.autograd_function_apply
-
 
 def row_function(
     forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, fixed: tuple[int, ...]

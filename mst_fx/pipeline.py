@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.chunking import Context, Graph
 from mst_fx.config import Config, NothingChunkedError
+from mst_fx.context import Context, Graph
 from mst_fx.effects import reshapes_in_place
 from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, called_name, fake, fake_tensor, source_of, walking
 from mst_fx.inductor import apart_from_autograd_settings, breaks_so_far, fake_mode_of, graph_break, keep_source

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx import random
-from mst_fx.custom import CUSTOM, row_function
+from mst_fx.custom import row_function
 from mst_fx.effects import differentiates_itself
+from mst_fx.graph import OWN_BACKWARD
 from mst_fx.inductor import symbolic_sizes
 from mst_fx.rows import MixesTokensError, Row, RowBuilder, Shared, aten, same_size
 from mst_fx.rules import find_rule
@@ -125,7 +126,7 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any, tracer: type[Ro
     Raises:
         MixesTokensError: If the node is not token-wise.
     """
-    if node.target is CUSTOM:
+    if node.target is OWN_BACKWARD:
         return _run_custom(builder, node, fake_mode)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         raise MixesTokensError("is a kernel or a graph of its own, which is not looked into")

@@ -34,39 +34,70 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     The region must be convex, nothing it reads may change in place while it is pending, and gradients must
     be recorded at that place if the region trains.
     """
-    region, graph = lifted.region, lifted.region.module.graph
-    members = set(region.nodes)
-    sources = _sources(lifted)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    dead = set(lifted.dead)
-    readers = [u for o in lifted.outputs for u in o.node.users if u not in members and u not in dead]
-    reader = min(readers, key=order.__getitem__)
+    region, sources = lifted.region, _sources(lifted)
+    reader = _first_reader(lifted)
+    late = _move_up_late(lifted, sources, reader)
+    if late is not None:
+        return Mismatch(f"not convex: `{late.name}` is computed after an output is already read", region.source)
+    place = _where_gradients_are_recorded(lifted, sources, _behind_outputs(lifted, sources, reader))
+    if place is None:
+        return Mismatch("its result is first read where gradients are off", region.source)
+    changing = _changing_while_pending(lifted, sources, place)
+    if changing is not None:
+        return Mismatch(f"a value of the region changes in place (`{changing.name}`)", region.source)
+    return place
+
+
+def _order(lifted: Lifted) -> dict[fx.Node, int]:
+    return {n: i for i, n in enumerate(lifted.region.module.graph.nodes)}
+
+
+def _first_reader(lifted: Lifted) -> fx.Node:
+    """Return the first node that reads an output and stays."""
+    gone = {*lifted.region.nodes, *lifted.dead}
+    return min((u for o in lifted.outputs for u in o.node.users if u not in gone), key=_order(lifted).__getitem__)
+
+
+def _move_up_late(lifted: Lifted, sources: set[fx.Node], reader: fx.Node) -> fx.Node | None:
+    """Move live-ins behind ``reader`` in front of the region; return one of them where that can't be done."""
+    order = _order(lifted)
     late = [n for n in sources if order[n] >= order[reader]]
-    if late and not _move_up(graph, late, region.nodes[0], order):
-        return Mismatch(f"not convex: `{late[0].name}` is computed after an output is already read", region.source)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    states = grad_states(region.module)
-    training = [n for n in region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
-    # Where its last output was: what comes before the first reader may have nothing to do with the region.
+    moved = not late or _move_up(lifted.region.module.graph, late, lifted.region.nodes[0], order)
+    return None if moved else late[0]
+
+
+def _behind_outputs(lifted: Lifted, sources: set[fx.Node], reader: fx.Node) -> fx.Node:
+    """Return what is behind the last output, for what comes up to the reader may have nothing to do with the region."""
+    order = _order(lifted)
     behind = max((o.node for o in lifted.outputs), key=order.__getitem__).next
-    place = behind if max(map(order.__getitem__, sources)) < order[behind] < order[reader] else reader
+    return behind if max(map(order.__getitem__, sources)) < order[behind] < order[reader] else reader
+
+
+def _where_gradients_are_recorded(lifted: Lifted, sources: set[fx.Node], place: fx.Node) -> fx.Node | None:
+    """Go back from ``place``, which may be in a no_grad block, to where the region's gradients were recorded."""
+    states = grad_states(lifted.region.module)
+    training = [n for n in lifted.region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
     while lifted.trains and (not training or states[place.prev] != states[training[-1]]):
-        # The reader may sit in a no_grad block: go back to where gradients are recorded.
         place = place.prev
         if place in sources or place.op in ("placeholder", "root"):
-            return Mismatch("its result is first read where gradients are off", region.source)
-    first = min(order[n] for n in [*region.nodes, place])
-    end = max(order[n] for n in [*region.nodes, place])
+            return None
+    return place
+
+
+def _changing_while_pending(lifted: Lifted, sources: set[fx.Node], place: fx.Node) -> fx.Node | None:
+    """Return a node that changes what the region reads or shows, between its first node and its last use."""
+    order, members, dead = _order(lifted), set(lifted.region.nodes), set(lifted.dead)
+    first, end = (which(order[n] for n in [*members, place]) for which in (min, max))
     given = {o.node for o in lifted.outputs if not any(u in members for u in o.node.users)}
     read, made = (set().union(*(storages(n) for n in nodes)) for nodes in (sources, members - given))
-    for node in graph.nodes:
-        if order[node] < first or node in members or node in dead:
+    for node, at in order.items():
+        if at < first or node in members or node in dead:
             continue
         # What the backward recomputes from must stay as it is to the end.
-        held = read if lifted.trains and order[node] >= end else read | made if order[node] < end else set()
+        held = read if lifted.trains and at >= end else read | made if at < end else set()
         if mutated_storages(node) & held:
-            return Mismatch(f"a value of the region changes in place (`{node.name}`)", region.source)
-    return place
+            return node
+    return None
 
 
 def _sources(lifted: Lifted) -> set[fx.Node]:

@@ -8,8 +8,9 @@ from torch import fx
 
 from mst_fx import kernels
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
-from mst_fx.chunking import Context, _size_class, compile_region
+from mst_fx.chunking import _size_class, compile_region
 from mst_fx.config import Config
+from mst_fx.context import Context
 from mst_fx.plan import ChunkPlan
 from mst_fx.random import KEEP_MASK
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from mst_fx.chunking import Context, Graph
+from mst_fx.context import Context, Graph
 from mst_fx.effects import mutated_storages
 from mst_fx.graph import fake_tensor
 from mst_fx.masks import read_mask

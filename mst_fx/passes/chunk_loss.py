@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.chunking import Context, Graph, chunk_folded, chunk_region, skipped
+from mst_fx.chunking import chunk_folded, chunk_region, skipped
+from mst_fx.coefficients import sum_lifted
+from mst_fx.context import Context, Graph
 from mst_fx.graph import fake_tensor
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift
@@ -29,7 +31,6 @@ from mst_fx.region import Region, find_regions, region_key
 from mst_fx.report import Mismatch, RegionReport
 from mst_fx.rewrite import erase_dead, erase_region
 from mst_fx.rows import MixesTokensError, same_size
-from mst_fx.weights import sum_lifted
 
 _LOGITS_NOTES = {
     "lazy": "; returned logits are lazy",

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.chunking import Context, Graph
+from mst_fx.context import Context, Graph
 from mst_fx.effects import is_in_place, reshapes_in_place
 from mst_fx.graph import fake, fake_tensor, grad_states, needs_grad, node_name, run_on_fakes, storages, walking
 from mst_fx.indexing import Writer, write_item

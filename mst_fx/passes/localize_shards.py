@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.chunking import Context, Graph
+from mst_fx.context import Context, Graph
 from mst_fx.graph import fake, ndim, node_name, walking
 from mst_fx.indexing import Writer
 from mst_fx.report import RegionReport

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from mst_fx.chunking import Context, Graph
+from mst_fx.context import Context, Graph
 from mst_fx.effects import mutated_storages
 from mst_fx.graph import fake_tensor, node_name, storages
 from mst_fx.indexing import Writer, pick_labels, slice_features, token_index
