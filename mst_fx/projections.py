@@ -169,9 +169,15 @@ def contracts_over_tokens(projection: Projection, outer: dict[fx.Node, fx.Node] 
         contracted, shared = {order[d] for d in contracted}, {order[d] for d in shared}
         node, value = node.args[0], source
     others = set(range(value.ndim)) - shared
-    if contracted == {1} and _is_channels_first(node):
+    if contracted == {1} and (_is_channels_first(node) or _is_image_given(projection, node)):
         return False
     return any(c < o for c in contracted for o in others)
+
+
+def _is_image_given(projection: Projection, root: Any) -> bool:
+    """Whether a convolution reads what the model was given: its second dimension are features, or it was no image."""
+    kernel = fake_tensor(projection.weight)
+    return root.op == "placeholder" and kernel is not None and kernel.ndim > 2 and projection.contracted == (1,)
 
 
 def _is_channels_first(node: Any) -> bool:

@@ -205,6 +205,19 @@ def test_tokens_behind_an_op_with_features_second_are_found(fn: Any) -> None:
     assert chunked(ours.report, "mlp") == 1, str(ours.report)
 
 
+def test_a_convolution_of_the_models_own_input() -> None:
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Conv1d(H, I, 1), nn.Conv1d(I, H, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(F.gelu(self.up(x))).square().mean()
+
+    ours = check_exact(Channels(), {"x": torch.randn(2, H, 23, requires_grad=True)})
+    assert chunked(ours.report, "mlp") == 1, str(ours.report)
+
+
 def test_flattened_logits_returned_under_dynamic_shapes() -> None:
     head = nn.Linear(H, V)
 
