@@ -43,6 +43,11 @@ def _written(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _without_gradient(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return make()
+
+
 def _folded(x: torch.Tensor) -> torch.Tensor:
     b, s, i = x.shape
     return F.gelu(x.view(b, s, 4, i // 4).transpose(1, 2)).transpose(1, 2).reshape(b, s, i)
@@ -96,6 +101,8 @@ STEPS: dict[str, Wide] = {
     "same_size": lambda x, m: F.linear(x, m.square),
     "detached": lambda x, m: x * x.detach().abs(),
     "no_grad": lambda x, m: x * _under_no_grad(x),
+    "no_grad_max": lambda x, m: x * _without_gradient(lambda: x.max(-1, keepdim=True).values),
+    "no_grad_split": lambda x, m: x * _without_gradient(lambda: torch.cat(x.chunk(2, -1)[::-1], -1)),
     "dtype_trip": lambda x, m: (x.double() * 1.25).to(x.dtype),
     "row_max": lambda x, m: x / x.abs().amax(-1, keepdim=True).clamp_min(1e-3),
     "topk": lambda x, m: x * (x >= x.topk(3, -1).values[..., -1:]),
