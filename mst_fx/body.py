@@ -154,7 +154,10 @@ def trace_sum(body: Body, rows: int) -> Backward:
         leaves, (loss, *others) = _run_with_grad(body, xs)
         extras.append(len(others))
         total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        # A loss of nothing but values under no_grad has none, though a view among them says it does.
+        gradients = (
+            torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+        )
         return [total.detach(), *(o.detach() for o in others), *gradients]
 
     graph = _trace(total_and_gradients, inputs)

@@ -10,6 +10,7 @@ has one too: gradients that were rounded to bf16 before they are divided would b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
     tail.follow(lifted.outputs)
     scalar = find_scalar(tail, lifted.outputs)
     region = lifted.region
-    if scalar is None or _changed(scalar, region.module.graph):
+    if scalar is None or _changed(scalar, lifted.outputs, region.module.graph):
         return None
     known = {o.node: o for o in lifted.outputs} | tail.totals
     graph, nodes = region.module.graph, list(region.nodes)
@@ -61,13 +62,37 @@ def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
     return None
 
 
-def _changed(scalar: Scalar, graph: fx.Graph) -> bool:
-    """Whether a coefficient changes in place before the scalar is computed."""
-    others = [s.other for t in scalar.terms for s in t.steps if isinstance(s.other, fx.Node)]
-    held = set().union(*map(storages, others))
+def _changed(scalar: Scalar, outputs: Sequence[Output], graph: fx.Graph) -> bool:
+    """Whether what the scalar is made of changes in place before it is computed, but for sums it is made by.
+
+    That are coefficients, terms from outside, and every value on the way from the outputs to the scalar.
+    """
     order = {n: i for i, n in enumerate(graph.nodes)}
-    first = min((order[n] for n in others), default=0)
-    return any(mutated_storages(n) & held for n in graph.nodes if first < order[n] < order[scalar.node])
+    others = [s.other for t in scalar.terms for s in t.steps] + [t.leaf for t in scalar.terms if not t.inside]
+    read = [n for n in others if isinstance(n, fx.Node)]
+    way = _between({o.node for o in outputs}, scalar.node, order)
+    held, first = set().union(*map(storages, read)), min((order[n] for n in read), default=0)
+    made = set().union(*map(storages, way))
+    return any(
+        changes & made or (changes & held and order[n] > first)
+        for n in graph.nodes
+        if order[n] < order[scalar.node] and n not in way and (changes := mutated_storages(n))
+    )
+
+
+def _between(starts: set[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
+    """Return ``starts`` and what is computed from them that ``end`` is computed from."""
+    ahead, stack = set[fx.Node](), [end]
+    while stack:
+        node = stack.pop()
+        if node not in ahead:
+            ahead.add(node)
+            stack += node.all_input_nodes
+    found = set(starts)
+    for node in sorted(ahead, key=order.__getitem__):
+        if found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Output:
@@ -153,6 +178,8 @@ class _Writer:
         if step.kind == "negate":
             return self._call(torch.neg, value) if isinstance(value, fx.Node) else -value
         other = self._widened(step.other)
+        if isinstance(other, fx.Node):
+            other = self._as_tensor(other)
         if not isinstance(value, fx.Node) and not isinstance(other, fx.Node):
             return value * other
         return self._call(torch.mul, *((value, other) if isinstance(value, fx.Node) else (other, value)))

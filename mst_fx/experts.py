@@ -20,7 +20,17 @@ import torch
 from torch import fx
 
 from mst_fx.effects import is_in_place, mutated_storages
-from mst_fx.graph import called_name, fake, fake_tensor, module_path, node_name, source_of, storages, walking
+from mst_fx.graph import (
+    called_name,
+    fake,
+    fake_tensor,
+    grad_states,
+    module_path,
+    node_name,
+    source_of,
+    storages,
+    walking,
+)
 from mst_fx.inductor import is_plain_fake
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift, stops_gradient
 from mst_fx.recorder import run_node
@@ -80,6 +90,7 @@ class Experts:
         """What stayed outside though it reads a member, and why."""
         self.outer: dict[int, fx.Node] = {}
         self.order = {n: i for i, n in enumerate(module.graph.nodes)}
+        self.states = grad_states(module)
         self.region = Region(module, 0, source=source_of(entry), partial_sums=True)
         self.builder: Any = None
 
@@ -232,7 +243,7 @@ class Experts:
         values = list(own) if isinstance(own, (list, tuple)) else [own]
         for value, out in zip(values, outs, strict=False):
             form = self.builder.form(out)
-            if isinstance(form, Row) and stops_gradient(node, value):
+            if isinstance(form, Row) and stops_gradient(node, value, self.states):
                 form = replace(form, node=self.builder.emit(aten.detach.default, form.node))
             if isinstance(value, torch.Tensor) and form is not None:
                 self.builder.bind(value, form)

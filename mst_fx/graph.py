@@ -242,6 +242,11 @@ def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
     return states
 
 
+def records_gradients(state: Any) -> bool:
+    """Whether gradients are recorded in a state of ``grad_states``; where none is known they are."""
+    return state in (None, (True, 0))
+
+
 def storages(node: fx.Node) -> set[int]:
     """Return the identities of the storages behind a node's fake value."""
     found = []

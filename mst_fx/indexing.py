@@ -118,7 +118,11 @@ def write_item(writer: Writer, x: fx.Node, index: Any, value: Any) -> fx.Node | 
         for _ in range(fake(x).ndim - dim - picked.ndim):
             chosen = writer.call(torch.unsqueeze, chosen, -1)
         return writer.call(torch.masked_fill, x, chosen, value)
-    return writer.call(torch.index_fill, x, dim, chosen, value) if picked.ndim == 1 else None
+    if picked.ndim != 1 or picked.dtype not in (torch.int32, torch.int64):
+        return None
+    if picked.dtype == torch.int32:
+        chosen = writer.create("call_method", "long", (chosen,), {})
+    return writer.call(torch.index_fill, x, dim, chosen, value)
 
 
 def _has_nodes(item: Any) -> bool:
@@ -166,6 +170,9 @@ def token_index(node: fx.Node) -> tuple[fx.Node, Any] | None:
     name, value = node_name(node), fake_tensor(source)
     if name == "narrow" and value is not None and all(isinstance(a, int) for a in node.args[1:]):
         dim, start, length = node.args[1:]
+        start = start + concrete(value.shape[dim]) if start < 0 else start  # pyright: ignore
+        if not isinstance(start, int):
+            return None
         return source, _along(dim % value.ndim, start, start + length)  # pyright: ignore
     if node.target is not operator.getitem:
         return None

@@ -88,7 +88,10 @@ class _Joiner:
         if any(r.target is not operator.getitem or r.args[0] is not first.args[0] for r in rows):
             return None
         source: Any = first.args[0]
-        if node_name(source) == "unbind" and len(source.args) + len(source.kwargs) == 1:
+        unbound = node_name(source) == "unbind" and len(source.args) + len(source.kwargs) == 1
+        if any(self.states[n] != self.states[self.place] for n in (*rows, *([source] if unbound else ()))):
+            return None
+        if unbound:
             self.seen.add(source)
             source = source.args[0]
         value = fake_tensor(source)

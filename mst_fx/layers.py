@@ -152,7 +152,8 @@ def share_layers(module: fx.GraphModule) -> int:
         for alike in groups.values():
             if len(alike) >= FEWEST:
                 name = NAME.format(sum(n.startswith(NAME.format("")) for n, _ in module.named_children()))
-                setattr(module, name, alike[0].graph(module))
+                # Taken anew: what goes in may come out of layers that are calls by now.
+                setattr(module, name, Unit.of(alike[0].nodes).graph(module))
                 for unit in alike:
                     _call(module.graph, name, unit)
                 count += len(alike)

@@ -9,7 +9,7 @@ Steps:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,18 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.effects import is_in_place
-from mst_fx.graph import fake, fake_tensor, is_layout, is_parameter_like, needs_grad, walking
+from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.graph import (
+    fake,
+    fake_tensor,
+    grad_states,
+    is_layout,
+    is_parameter_like,
+    needs_grad,
+    records_gradients,
+    storages,
+    walking,
+)
 from mst_fx.losses import Total, per_token, read_total
 from mst_fx.projections import read_projection
 from mst_fx.recorder import run_node
@@ -91,6 +101,7 @@ class Lifter:
         self.builder = RowBuilder()
         self.outer: dict[int, fx.Node] = {}
         self.rows: dict[fx.Node, Row] = {}
+        self.states = grad_states(region.module)
 
     def record(self) -> None:
         """Record every node of the region.
@@ -137,6 +148,12 @@ class Lifter:
                 return []
             chain.append(current)
             stack += current.all_input_nodes
+        graph = self.region.module.graph
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        first = min((order[n] for n in chain), default=0)
+        held = set().union(*(storages(n) for c in chain for n in (c, *c.all_input_nodes)))
+        if any(mutated_storages(n) & held for n in graph.nodes if order[n] > first):
+            return []  # read in the loop, it would be what it is by then
         smaller = roots and not stack and sum(roots.values()) <= 0.75 * value.numel() * value.dtype.itemsize
         return chain if smaller and not all(is_layout(n) for n in chain) else []
 
@@ -163,7 +180,7 @@ class Lifter:
         total = read_total(node)
         if total is not None:
             row = per_token(self.builder, total, self.fake_mode)
-            if stops_gradient(node, fake(node)):
+            if stops_gradient(node, fake(node), self.states):
                 row = Row(row.kinds, self.builder.emit(aten.detach.default, row.node))
             self.rows[node] = row
             return row
@@ -182,7 +199,7 @@ class Lifter:
         else:
             result = run_node(self.builder, node, self.fake_mode)
         for i, (value, row) in enumerate(bind_results(self.builder, node, result)):
-            if stops_gradient(node, value):
+            if stops_gradient(node, value, self.states):
                 row = row.with_node(self.builder.emit(aten.detach.default, row.node))
                 self.builder.bind(value, row)
             if not i:
@@ -263,10 +280,16 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     return Lifted(region, body, chunked, [inputs[n] for n in direct], hoisted, by_copy, outputs, counts[0], lifter)
 
 
-def stops_gradient(node: fx.Node, value: Any) -> bool:
-    """Whether one of a node's values was made under no_grad (a teacher beside a student): detached in the body too."""
-    differentiable = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad
-    return differentiable and any(needs_grad(n) for n in node.all_input_nodes)
+def stops_gradient(node: fx.Node, value: Any, states: Mapping[fx.Node, Any]) -> bool:
+    """Whether one of a node's values was made under no_grad (a teacher beside a student): detached in the body too.
+
+    A view made there says that it requires a gradient, and is a leaf all the same: grad mode tells, ``states``
+    being those of the graph.
+    """
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    off = not value.requires_grad or not records_gradients(states.get(node))
+    return off and any(needs_grad(n) for n in node.all_input_nodes)
 
 
 def _tokens(live_in: LiveIn) -> Any:

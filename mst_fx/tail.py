@@ -140,7 +140,7 @@ class Tail:
                 self.linear[node] = tuple(t.then(Step(_SCALES[name], by)) for t in self.linear[reads[0]])  # pyright: ignore
         elif name in ("neg", "negative") and len(node.args) == 1:
             self.linear[node] = tuple(t.then(Step("negate")) for t in self.linear[reads[0]])
-        elif name in _CASTS and reads == [first] and _keeps_shape(first, result):
+        elif name in _CASTS and reads == [first] and _keeps_shape(first, result) and _keeps_device(first, result):
             self.linear[node] = self.linear[reads[0]]
         elif reads == [first] and (step := self._reduction(node)) is not None:
             self.linear[node] = tuple(t.then(step) for t in self.linear[reads[0]])
@@ -152,6 +152,8 @@ class Tail:
             return False
         held = storages(node.args[0])  # pyright: ignore
         before = [n for n in self.lifter.region.module.graph.nodes if n is not node and storages(n) & held]
+        if any(n.op in ("placeholder", "get_attr") for n in before):
+            return False
         return all(len(n.users) == 1 for n in before if node not in n.all_input_nodes and not _follows(n, node))
 
     def _follow_sum(self, node: fx.Node, sign: int, result: torch.Tensor) -> None:
@@ -224,6 +226,11 @@ def find_scalar(tail: Tail, outputs: Sequence[Output]) -> Scalar | None:
         if node in live and not ndim(node) and {t.leaf for t in terms if t.inside} >= leaves:
             return _close(tail, node, terms, outputs, live)
     return None
+
+
+def _keeps_device(node: Any, result: torch.Tensor) -> bool:
+    value = fake_tensor(node)
+    return value is not None and value.device == result.device
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

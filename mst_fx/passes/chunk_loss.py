@@ -23,7 +23,8 @@ from torch import fx
 from mst_fx.chunking import chunk_folded, chunk_region, skipped
 from mst_fx.coefficients import sum_lifted
 from mst_fx.context import Context, Graph
-from mst_fx.graph import fake_tensor
+from mst_fx.effects import mutated_storages
+from mst_fx.graph import fake_tensor, storages
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift
 from mst_fx.losses import ValueSum, read_total
@@ -161,6 +162,11 @@ def _read_logits(region: Region, graph: Graph, context: Context) -> list[tuple[f
             head = finish_lift(lifter, [Output(value, lifter.rows[value])], hoist=False)
             if head.body.has_seed:
                 raise MixesTokensError("they are random")
+            if context.config.logits == "lazy" and _changes_later(head):
+                return Mismatch(
+                    "not supported: what the returned logits are made of changes in place before they are read",
+                    region.source,
+                )
             known = fake_tensor(value)
             if known is None or any(_size_source(s, head) is None for s in known.shape):
                 return Mismatch(
@@ -170,6 +176,13 @@ def _read_logits(region: Region, graph: Graph, context: Context) -> list[tuple[f
         except (MixesTokensError, KeyError) as e:
             return Mismatch(f"not supported: the returned logits can't be computed apart ({e})", region.source)
     return heads
+
+
+def _changes_later(head: Lifted) -> bool:
+    """Whether something that the logits are computed from changes in place in this graph once they are there."""
+    nodes = list(head.region.module.graph.nodes)
+    held = set().union(*(storages(source.node) for source in [*head.chunked, *head.shared]))
+    return any(mutated_storages(n) & held for n in nodes[nodes.index(head.region.amplifiers[0]) :])
 
 
 def _defer_logits(value: fx.Node, head: Lifted, graph: Graph, context: Context) -> None:

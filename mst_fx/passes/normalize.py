@@ -21,7 +21,7 @@ from torch import fx
 
 from mst_fx.context import Context, Graph
 from mst_fx.effects import mutated_storages
-from mst_fx.graph import fake_tensor, node_name, storages
+from mst_fx.graph import fake_tensor, grad_states, needs_grad, node_name, storages
 from mst_fx.indexing import Writer, pick_labels, slice_features, token_index
 from mst_fx.joined import join_rows
 from mst_fx.projections import read_projection
@@ -147,11 +147,15 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any
         with graph.inserting_after(old):
             new = env[old] = graph.node_copy(old, lambda n: env.get(n, n))
         new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}
+    states, pieces = grad_states(graph.owning_module), node.args[0]  # pyright: ignore[reportArgumentType]
+    if needs_grad(chain[0]) and any(states[n] != states[chain[0]] for n in (node, pieces)):  # taken under no_grad
+        with graph.inserting_after(new):
+            new = graph.call_method("detach", (new,))
+        new.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
     env[chain[-1]].meta["mst_slice_of"] = chain[-1]
     chain[-1].meta["mst_sliced"] = True
     new.meta["mst_replaces"] = fake_tensor(node)
     node.replace_all_uses_with(new)
-    pieces = node.args[0]
     graph.erase_node(node)
     for old in [pieces, *chain] if pieces is not chain[0] else chain:
         if not old.users:

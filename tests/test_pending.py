@@ -1,0 +1,210 @@
+"""A region is computed elsewhere than its nodes were: what it reads must be there still, and be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mst_fx
+from tests.harness import EAGER, chunked, error
+
+T, H, I, V = 32, 6, 20, 24  # noqa: E741
+SMALL = {"mst.chunk_tokens": 8, **EAGER}
+LABELS = torch.arange(T) % V
+
+
+class Parts(nn.Module):
+    """A head, an MLP with a quantized projection, an accumulator; ``fn(self, x)`` is the model."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.head, self.up, self.down = (nn.Linear(*s, bias=False) for s in ((H, V), (H, I), (I, H)))
+        self.q = nn.Buffer(torch.arange(I * H, dtype=torch.int8).view(I, H))
+        self.scale, self.total, self.three = (nn.Buffer(torch.ones(s) / 8) for s in ((1,), (), (3,)))
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fn(self, x)
+
+
+def run(fn: Callable[..., Any], options: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+    """Return outputs, gradients and buffers of one step in fp64."""
+    torch.manual_seed(0)
+    model = Parts(fn)
+    for p in [*model.parameters(), *model.buffers()]:
+        p.data = p.data.double() if p.is_floating_point() else p.data
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    out = (torch.compile(model, backend="mst", options=options) if options else model)(x)
+    outs = out if isinstance(out, tuple) else (out,)
+    total = [o.square().sum() for o in outs if o.requires_grad and type(o) is torch.Tensor]
+    if total:
+        sum(total).backward()  # pyright: ignore
+    grads = {n: p.grad for n, p in [("x", x), *model.named_parameters()] if p.grad is not None}
+    return {**{f"output {i}": o.detach() + 0 for i, o in enumerate(outs)}, **grads, **dict(model.named_buffers())}
+
+
+def same(fn: Callable[..., Any]) -> mst_fx.Report:
+    plain, ours = run(fn, None), run(fn, SMALL)
+    assert plain.keys() == ours.keys()
+    for name, value in plain.items():
+        assert error(ours[name], value.double()) < 1e-12, f"{name}: {error(ours[name], value.double()):.1e} off"
+    return mst_fx.report.join_reports(mst_fx.reports())
+
+
+def slice_under_no_grad(s: Any, x: torch.Tensor) -> torch.Tensor:
+    logits = s.head(x)
+    with torch.no_grad():
+        part = logits[:-1]
+    p = part.softmax(-1).gather(-1, LABELS[1:, None]).mean()
+    return F.cross_entropy(logits, LABELS) + p * x.sum()
+
+
+def pieces_under_no_grad(s: Any, x: torch.Tensor) -> torch.Tensor:
+    logits = s.head(x)
+    with torch.no_grad():
+        first, _ = logits.split(T // 2)
+    return F.cross_entropy(logits, LABELS) + first.logsumexp(-1).mean() * x.sum()
+
+
+def view_under_no_grad(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """It says that it requires a gradient, and none gets through it."""
+    h = F.linear(x, s.up.weight)
+    with torch.no_grad():
+        part = h[..., : I // 2]
+    return s.down(torch.cat([part, F.gelu(h[..., I // 2 :])], -1))
+
+
+def rows_under_no_grad(s: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        rows = x.unbind()
+    return s.down(F.gelu(s.up(torch.stack([r * 2 for r in rows])))) + _mlp(x, s.up.weight, s)
+
+
+def _mlp(x: torch.Tensor, up: torch.Tensor, s: Any) -> torch.Tensor:
+    return s.down(F.gelu(F.linear(x, up)))
+
+
+def scale_changes(s: Any, x: torch.Tensor) -> torch.Tensor:
+    up = s.q.double() * s.scale
+    s.scale.mul_(0.5)
+    return _mlp(x, up, s)
+
+
+def weight_changes_through_a_view(s: Any, x: torch.Tensor) -> torch.Tensor:
+    up = s.q.double() * s.scale
+    up.view(-1)[3] = 100.0
+    return _mlp(x, up, s)
+
+
+def what_it_is_made_of_changes_through_a_view(s: Any, x: torch.Tensor) -> torch.Tensor:
+    up = s.q.double()
+    up.view(-1).mul_(3.0)
+    return _mlp(x, up * s.scale, s)
+
+
+def losses_are_added_to_an_input(s: Any, x: torch.Tensor) -> torch.Tensor:
+    logits, total = s.head(x), s.three[0]
+    total += F.cross_entropy(logits, LABELS)
+    total += logits.logsumexp(-1).mean()
+    return total * 1
+
+
+@torch.no_grad()
+def hidden_states_change_behind_returned_logits(s: Any, x: torch.Tensor) -> Any:
+    h = x * 1
+    logits = s.head(h)
+    loss = F.cross_entropy(logits, LABELS)
+    h.zero_()
+    return loss, logits, h
+
+
+def offset_changes(s: Any, x: torch.Tensor) -> torch.Tensor:
+    aux, logits = s.three[0], s.head(x)
+    loss = F.cross_entropy(logits, LABELS) - aux
+    s.three.add_(1)
+    return loss + logits.logsumexp(-1).mean()
+
+
+def partial_sum_changes(s: Any, x: torch.Tensor) -> torch.Tensor:
+    logits = s.head(x)
+    loss = F.cross_entropy(logits, LABELS) * 2
+    loss.detach().zero_()
+    return loss + logits.logsumexp(-1).mean()
+
+
+def sums_of_sequences_change(s: Any, x: torch.Tensor) -> torch.Tensor:
+    sums = F.cross_entropy(s.head(x), LABELS, reduction="none").view(4, 8).sum(1) * 2
+    sums.detach()[0].zero_()
+    return (sums * 3).sum()
+
+
+def last_tokens_by_narrow(s: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(s.head(x).narrow(0, -20, 20), LABELS[-20:])
+
+
+def features_by_int32(s: Any, x: torch.Tensor) -> torch.Tensor:
+    logits = s.head(x)
+    logits[:, torch.tensor([1, 3], dtype=torch.int32)] = -3.0
+    return F.cross_entropy(logits, LABELS % 1)
+
+
+CASES = {
+    fn.__name__: (fn, kind)
+    for fn, kind in (
+        (slice_under_no_grad, "loss"), (pieces_under_no_grad, "loss"), (scale_changes, "mlp"),
+        (weight_changes_through_a_view, "mlp"), (what_it_is_made_of_changes_through_a_view, "mlp"),
+        (losses_are_added_to_an_input, ""), (view_under_no_grad, "mlp"), (rows_under_no_grad, "mlp"),
+        (hidden_states_change_behind_returned_logits, ""), (offset_changes, "loss"), (partial_sum_changes, ""),
+        (sums_of_sequences_change, ""), (last_tokens_by_narrow, "loss"), (features_by_int32, "loss"),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name: str) -> None:
+    fn, kind = CASES[name]
+    report = same(fn)
+    assert not kind or chunked(report, kind), str(report)
+
+
+def test_a_number_that_becomes_symbolic_weighs_a_loss_in_fp64() -> None:
+    head = nn.Linear(H, V).double()
+    x = torch.randn(T, H, dtype=torch.float64)
+
+    def fn(k: float) -> torch.Tensor:
+        logits = head(x)
+        return F.cross_entropy(logits, LABELS) + k * logits.logsumexp(-1).mean()
+
+    compiled = torch.compile(fn, backend="mst", options=SMALL)
+    for k in (0.1, 0.2, 0.3):
+        assert error(compiled(k).detach(), fn(k).detach()) < 1e-14
+
+
+@pytest.mark.parametrize("frozen", ["TTFF", "TFTF", "TFFT"])
+def test_equal_layers_of_two_kinds_side_by_side(frozen: str) -> None:
+    class Layer(nn.Module):
+        def __init__(self, frozen: bool) -> None:
+            super().__init__()
+            self.q, self.up, self.down = nn.Linear(H, H), nn.Linear(H, I), nn.Linear(I, H)
+            self.q.requires_grad_(not frozen)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + torch.tanh(self.q(x))
+            return x + self.down(F.gelu(self.up(x)))
+
+    model = nn.Sequential(nn.Embedding(9, H), *(Layer(f == "T") for f in frozen)).double()
+    ids = torch.arange(T) % 9
+    model(ids).square().sum().backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.compile(model, backend="mst", options=SMALL)(ids).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in plain:
+            assert parameter.grad is not None
+            assert error(parameter.grad, plain[name]) < 1e-12
+    assert chunked(mst_fx.reports()[-1], "mlp") == 4
