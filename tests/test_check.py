@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mst_fx.ops as ops
-from mst_fx import weights
+from mst_fx import coefficients
 from mst_fx.check import Check, IncomparableError, Row, _compare, check
 from mst_fx.graph_diff import in_graph_order
 from mst_fx.recipe import enable_checkpointing
@@ -99,8 +99,8 @@ def test_plain_nan_must_be_ours_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.failures, str(found)
     loss = next(r for r in found.rows if r.name == "output")
     assert loss.plain != loss.plain
-    divided = weights._Writer.divided
-    monkeypatch.setattr(weights._Writer, "divided", lambda *given: (divided(*given)[0], []))
+    divided = coefficients._Writer.divided
+    monkeypatch.setattr(coefficients._Writer, "divided", lambda *given: (divided(*given)[0], []))
     found = run(AllIgnored(SwiGLU()), token_inputs())
     assert [r.name for r in found.failures] == ["output"]
     assert "is not NaN or infinite as plain rightly is" in str(found)

@@ -94,7 +94,7 @@ steps = st.one_of(
 
 
 @settings(
-    max_examples=TRIES or 25, deadline=None, derandomize=not TRIES, database=None,
+    max_examples=TRIES or 10, deadline=None, derandomize=not TRIES, database=None,
     suppress_health_check=list(HealthCheck), print_blob=False,
 )  # fmt: skip
 @given(st.lists(steps, min_size=4, max_size=12).map(tuple))
