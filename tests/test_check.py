@@ -18,7 +18,7 @@ def run(model: nn.Module, inputs: dict, **kwargs) -> Check:
     return check(model, (), inputs, options=OPTIONS, **kwargs)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_healthy_llama_passes(checkpointing: bool) -> None:
     model = hf("llama")
     if checkpointing:
