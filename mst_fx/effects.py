@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,15 +82,33 @@ def reshapes_in_place(node: fx.Node) -> bool:
 
 def mutated_storages(node: fx.Node) -> set[int]:
     """Return the storages an in-place node may change: an operator's first argument's, else all tensor arguments'."""
-    if not is_in_place(node):
-        return set()
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _written_by_graphs(node)
+    if not is_in_place(node):
+        return set()
     if _is_foreign(node):
         return _watched(node)
     operates = getattr(node.target, "__module__", "") == "_operator" and isinstance(node.args[0], fx.Node)
     written = [node.args[0]] if operates else _quiet(node) if node.target in _QUIET else node.all_input_nodes
     return set().union(*(storages(n) for n in written))  # pyright: ignore[reportArgumentType]
+
+
+def change_after(node: fx.Node, held: set[int]) -> bool:
+    """Whether one of these storages changes in place behind a node of the graph."""
+    behind = node.next
+    while behind.op != "root":
+        if mutated_storages(behind) & held:
+            return True
+        behind = behind.next
+    return False
+
+
+def written_values(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return what a call of a registered op gives for the arguments that it changes, lists taken apart."""
+    arguments = func._schema.arguments
+    given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return pytree.tree_leaves([given.get(name) for name in written])
 
 
 def _quiet(node: fx.Node) -> list[fx.Node]:
@@ -205,12 +223,8 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            names = [a.name for a in func._schema.arguments]
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    leaves = pytree.tree_leaves(given.get(argument.name))
-                    self.found |= {storage_of(v) for v in leaves if isinstance(v, torch.Tensor)}
+            written = written_values(func, args, kwargs)
+            self.found |= {storage_of(v) for v in written if isinstance(v, torch.Tensor)}
         return func(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.effects import change_after, is_in_place
 from mst_fx.graph import (
     fake,
     fake_tensor,
@@ -148,11 +148,9 @@ class Lifter:
                 return []
             chain.append(current)
             stack += current.all_input_nodes
-        graph = self.region.module.graph
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        first = min((order[n] for n in chain), default=0)
         held = set().union(*(storages(n) for c in chain for n in (c, *c.all_input_nodes)))
-        if any(mutated_storages(n) & held for n in graph.nodes if order[n] > first):
+        first = next((n for n in self.region.module.graph.nodes if n in chain), None)
+        if first is not None and change_after(first, held):
             return []  # read in the loop, it would be what it is by then
         smaller = roots and not stack and sum(roots.values()) <= 0.75 * value.numel() * value.dtype.itemsize
         return chain if smaller and not all(is_layout(n) for n in chain) else []

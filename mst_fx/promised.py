@@ -23,6 +23,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
+from mst_fx.effects import written_values
 from mst_fx.graph import autocast_now, fake, fake_tensor, source_of, walking
 from mst_fx.inductor import is_plain_fake, storage_of
 from mst_fx.lift import Input, Lifted, Lifter, Output
@@ -228,13 +229,9 @@ def _check(traced: fx.GraphModule) -> None:
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise MixesTokensError(f"it draws random numbers ({node.target}), which would differ in the backward")
-        arguments = node.target._schema.arguments
-        values = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
-        for argument in arguments:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            changed = pytree.tree_leaves(values.get(argument.name)) if written else []
-            if any(isinstance(v, fx.Node) and storage_of(v.meta["val"]) in given for v in changed):
-                raise MixesTokensError(f"it changes an input, a parameter or a buffer in place ({node.target})")
+        changed = written_values(node.target, node.args, node.kwargs)
+        if any(isinstance(v, fx.Node) and storage_of(v.meta["val"]) in given for v in changed):
+            raise MixesTokensError(f"it changes an input, a parameter or a buffer in place ({node.target})")
 
 
 def _constants(traced: fx.GraphModule) -> list[str]:

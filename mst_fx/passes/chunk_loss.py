@@ -23,7 +23,7 @@ from torch import fx
 from mst_fx.chunking import chunk_folded, chunk_region, skipped
 from mst_fx.coefficients import sum_lifted
 from mst_fx.context import Context, Graph
-from mst_fx.effects import mutated_storages
+from mst_fx.effects import change_after
 from mst_fx.graph import fake_tensor, storages
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.lift import Lifted, Lifter, Output, finish_lift
@@ -180,9 +180,8 @@ def _read_logits(region: Region, graph: Graph, context: Context) -> list[tuple[f
 
 def _changes_later(head: Lifted) -> bool:
     """Whether something that the logits are computed from changes in place in this graph once they are there."""
-    nodes = list(head.region.module.graph.nodes)
-    held = set().union(*(storages(source.node) for source in [*head.chunked, *head.shared]))
-    return any(mutated_storages(n) & held for n in nodes[nodes.index(head.region.amplifiers[0]) :])
+    sources = [*head.chunked, *head.shared]
+    return change_after(head.region.amplifiers[0], set().union(*(storages(source.node) for source in sources)))
 
 
 def _defer_logits(value: fx.Node, head: Lifted, graph: Graph, context: Context) -> None:

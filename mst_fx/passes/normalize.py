@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.context import Context, Graph
-from mst_fx.effects import mutated_storages
+from mst_fx.effects import change_after
 from mst_fx.graph import fake_tensor, grad_states, needs_grad, node_name, storages
 from mst_fx.indexing import Writer, pick_labels, slice_features, token_index
 from mst_fx.joined import join_rows
@@ -39,7 +39,7 @@ def normalize(graph: Graph, context: Context) -> list[RegionReport]:
         if spell_pick(node, context.fake_mode):
             continue
         found = find_token_slice(node)
-        if found is not None and not _changes(graph.module, found[0]):
+        if found is not None and not _changes(found[0]):
             hoist_slice(graph.module.graph, node, *found)
     return []
 
@@ -125,11 +125,9 @@ def _slices_tokens(index: Any, ndim: int) -> bool:
     return items[-1] == slice(None) and any(i not in (slice(None), slice(0, None)) for i in items)
 
 
-def _changes(module: fx.GraphModule, chain: list[fx.Node]) -> bool:
+def _changes(chain: list[fx.Node]) -> bool:
     """Whether a value of the chain changes in place once it is there: its slice is a view, a hoisted one is not."""
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    held = set().union(*(storages(n) for n in chain))
-    return any(mutated_storages(n) & held for n in module.graph.nodes if order[n] > order[chain[-1]])
+    return change_after(chain[-1], set().union(*(storages(n) for n in chain)))
 
 
 def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any) -> None:
