@@ -9,6 +9,7 @@ Terms:
 from __future__ import annotations
 
 import math
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,9 @@ def read_projection(node: fx.Node, outer: dict[fx.Node, fx.Node] | None = None) 
         operands = node.args[1] if len(node.args) == 2 else node.args[1:]
         pair = operands if isinstance(operands, (list, tuple)) and len(operands) == 2 else None
         return _einsum(node.args[0], *pair, outer) if pair else None
+    if node.target is torch.tensordot:
+        left, right, dims = node.args[0], _given(node, 1, "b"), _given(node, 2, "dims")
+        return _einsum(_tensordot_equation(left, right, 2 if dims is None else dims), left, right, outer)
     if node.target in _CONVOLUTIONS:
         return _convolution(_given(node, 0, "input"), _given(node, 1, "weight"), _CONVOLUTIONS[node.target])
     return None
@@ -110,10 +114,30 @@ def _convolution(x: Any, weight: Any, ndim: int) -> Projection | None:
     return _projection(x, weight, {1}, {1}, kernel.shape[0], kernel.shape[1])
 
 
-def _einsum(equation: Any, left: Any, right: Any, outer: Any) -> Projection | None:
-    if not isinstance(equation, str) or "->" not in equation:
+def _tensordot_equation(left: Any, right: Any, dims: Any) -> str | None:
+    """Return what ``torch.tensordot`` sums as an equation of ``torch.einsum``, None where ``dims`` are a tensor."""
+    a, b = fake_tensor(left), fake_tensor(right)
+    if a is None or b is None or isinstance(dims, fx.Node):
         return None
-    inputs, output = equation.replace(" ", "").split("->")
+    pairs = ([d - dims for d in range(dims)], range(dims)) if isinstance(dims, int) else dims
+    first, second = list(ascii_lowercase[: a.ndim]), list(ascii_uppercase[: b.ndim])
+    for i, j in zip(*pairs, strict=True):
+        second[j] = first[i]
+    output = [d for d in first if d not in second] + [d for d in second if d not in first]
+    return f"{''.join(first)},{''.join(second)}->{''.join(output)}"
+
+
+def _implied_output(inputs: str) -> str:
+    """Return the output of an equation without one: broadcast dimensions, then what is named once, by name."""
+    letters = inputs.replace("...", "").replace(",", "")
+    return ("..." if "..." in inputs else "") + "".join(sorted(d for d in letters if letters.count(d) == 1))
+
+
+def _einsum(equation: Any, left: Any, right: Any, outer: Any) -> Projection | None:
+    if not isinstance(equation, str):
+        return None
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    output = output if arrow else _implied_output(inputs)
     terms = inputs.split(",")
     pairs = [(left, terms[0]), (right, terms[1])]
     (x, letters), (weight, own) = reversed(pairs) if _is_first_weight(left, right, outer) else pairs

@@ -268,6 +268,17 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
         lambda s, x: torch.einsum("hi,...i->...h", s.d, F.gelu(torch.einsum("ih,...h->...i", s.u, x))),
         u=weight(I, H), d=weight(H, I),
     ),
+    "einsum_implied": layer(
+        lambda s, x: torch.einsum("bis,ih->bsh", F.gelu(torch.einsum("bsh,hi", x, s.u)), s.d),
+        u=weight(H, I), d=weight(I, H),
+    ),
+    "tensordot": layer(
+        lambda s, x: torch.tensordot(F.gelu(torch.tensordot(x, s.u, 1)), s.d, ([-1], [1])), u=weight(H, I), d=weight(H, I)
+    ),
+    "tensordot_weight_first": layer(
+        lambda s, x: torch.tensordot(s.d, F.gelu(torch.tensordot(s.u, x, dims=([1], [2]))), ([0], [0])).permute(1, 2, 0),
+        u=weight(I, H), d=weight(I, H),
+    ),
     "weight_first": layer(lambda s, x: (s.d @ F.gelu(s.u @ x.mT)).mT, u=weight(I, H), d=weight(H, I)),
     "baddbmm": layer(
         lambda s, x: torch.baddbmm(
@@ -317,6 +328,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "einsum_over_tokens": (
         layer(lambda s, x: torch.einsum("bth,st->bsh", F.gelu(torch.einsum("bsh,ts->bth", x, s.u)), s.d),
               u=weight(69, 23), d=weight(23, 69)), "mixes tokens"
+    ),
+    "tensordot_over_tokens": (
+        layer(lambda s, x: torch.tensordot(F.gelu(torch.tensordot(x, s.u, ([1], [0]))), s.d, ([2], [0])).mT,
+              u=weight(23, 69), d=weight(69, 23)), "mixes tokens"
     ),
     "weight_first_over_tokens": (
         layer(lambda s, x: s.d @ F.gelu(s.u @ x), u=weight(69, 23), d=weight(23, 69)), "mixes tokens"
