@@ -31,8 +31,8 @@ from torch import nn
 from benchmarks.figures import replace_table
 from benchmarks.measurements import load, save
 from mst_fx.bench.works import llama, sizes_of
+from mst_fx.commands.models import parse_pairs
 from mst_fx.measure import MALLOC_ENV, peak_over_start, prepare_compiler
-from mst_fx.models import parse_pairs
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tensor-parallel")
 SYSTEMS = ("inductor", "mst")

@@ -45,7 +45,7 @@ from mst_fx.bench.questions import (
 from mst_fx.bench.tables import summary, table
 from mst_fx.bench.turns import by_turns
 from mst_fx.bench.works import LLAMA3_8B, WORKS
-from mst_fx.models import DTYPES, UsageError
+from mst_fx.commands.models import DTYPES, UsageError
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = 8.0

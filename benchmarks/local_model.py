@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mst_fx.demo import standard_library_text
+from mst_fx.commands.demo import standard_library_text
 
 SIZE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 
 import mst_fx
-from mst_fx.models import ModelSpec, build_model
+from mst_fx.commands.models import ModelSpec, build_model
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8192, "num_hidden_layers": 4,

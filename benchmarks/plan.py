@@ -28,7 +28,7 @@ from mst_fx.bench.cell import device_name, versions
 from mst_fx.bench.questions import environment, too_much
 from mst_fx.bench.turns import by_turns, median_ratio
 from mst_fx.bench.works import WORKS, Work, check_sizes
-from mst_fx.models import DTYPES
+from mst_fx.commands.models import DTYPES
 
 HEAD, MLP = {"hidden": 256, "vocab": 16000}, {"hidden": 512, "intermediate": 1792}
 CASES: dict[str, tuple[str, str, dict[str, int]]] = {

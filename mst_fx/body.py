@@ -25,7 +25,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.inductor import fake_mode_of, symbolic_inputs, symbolic_sizes, tracing_in_mode_of
-from mst_fx.rows import concrete
+from mst_fx.rowform.rows import concrete
 from mst_fx.simplify import simplify_loss_backward
 
 aten = torch.ops.aten

@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer(command: str, run: Callable[[], int]) -> int:
+    from mst_fx.commands.models import UsageError
     from mst_fx.config import NothingChunkedError, OptionError
-    from mst_fx.models import UsageError
     from mst_fx.verify import VerifyError
 
     try:
@@ -60,7 +60,7 @@ def _parser(bench_too: bool) -> argparse.ArgumentParser:
     )
     explained.add_argument("--format", choices=["text", "json"], default="text")
     explained.add_argument("--saved", action="store_true", help="account for what is kept between forward and backward")
-    explained.set_defaults(run=lambda args: importlib.import_module("mst_fx.show").run_explain(args))
+    explained.set_defaults(run=lambda args: importlib.import_module("mst_fx.commands.show").run_explain(args))
     diff = commands.add_parser("diff", parents=[shared], help="show a model's graph before and after")
     diff.add_argument("--format", choices=["text", "json", "html"], default="text")
     diff.add_argument("--backward", action="store_true", help="print the backward of every chunk body too")
@@ -68,7 +68,7 @@ def _parser(bench_too: bool) -> argparse.ArgumentParser:
     diff.add_argument("--check", action="store_true", help="run it: compare with plain and fp64; status 1 if worse")
     diff.add_argument("--compiler", choices=["aot_eager", "inductor"], help="what compiles both for --check")
     diff.add_argument("--tolerance", type=float, help="how much larger our relative error may be, for --check")
-    diff.set_defaults(run=lambda args: importlib.import_module("mst_fx.show").run_diff(args))
+    diff.set_defaults(run=lambda args: importlib.import_module("mst_fx.commands.show").run_diff(args))
     commands.add_parser(
         "finetune", help="fine-tune a causal LM at a long context; takes Trainer's flags", add_help=False
     )
@@ -85,7 +85,7 @@ def _finetune(argv: list[str]) -> int:
     try:
         from mst_fx.finetune.train import run_finetune
     except ImportError as e:
-        from mst_fx.models import UsageError
+        from mst_fx.commands.models import UsageError
 
         raise UsageError(f"{e}; install the extra: pip install 'mst_fx[finetune]'") from e
     return run_finetune(argv)
@@ -129,10 +129,10 @@ def _demo(args: argparse.Namespace) -> int:
         importlib.import_module("rich")
         importlib.import_module("matplotlib")
     except ImportError as e:
-        from mst_fx.models import UsageError
+        from mst_fx.commands.models import UsageError
 
         raise UsageError(f"{e}; install the extra: pip install 'mst_fx[demo]'") from e
-    from mst_fx.demo import run_demo
+    from mst_fx.commands.demo import run_demo
 
     return run_demo(args.out, args.device, args.steps, args.seq_len)
 

@@ -18,7 +18,6 @@ from mst_fx.effects import reshapes_in_place
 from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, called_name, fake, fake_tensor, source_of, walking
 from mst_fx.inductor import apart_from_autograd_settings, breaks_so_far, fake_mode_of, graph_break, keep_source
 from mst_fx.lazy_logits import LogitsSpec
-from mst_fx.losses import is_loss, read_loss
 from mst_fx.passes.causal_masks import causal_masks
 from mst_fx.passes.chunk_experts import chunk_experts
 from mst_fx.passes.chunk_loss import chunk_loss
@@ -27,7 +26,8 @@ from mst_fx.passes.chunk_tokenwise import chunk_tokenwise
 from mst_fx.passes.functionalize import functionalize
 from mst_fx.passes.localize_shards import localize_shards
 from mst_fx.passes.normalize import normalize
-from mst_fx.region import widens
+from mst_fx.regions.losses import is_loss, read_loss
+from mst_fx.regions.region import widens
 from mst_fx.report import GraphPair, RegionReport, Report
 from mst_fx.verify import snapshot, verify
 

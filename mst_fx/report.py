@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import fx
 
-    from mst_fx.liveness import Timeline
+    from mst_fx.diff.liveness import Timeline
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Report:
         return tuple(r for r in self.regions if r.status == "chunked")
 
     def __str__(self) -> str:
-        from mst_fx.render import explain_text
+        from mst_fx.diff.render import explain_text
 
         return explain_text(self)
 
@@ -114,7 +114,7 @@ class Report:
         Where nothing was chunked in a graph, both are one object.
         """
         if self not in _TIMELINES:
-            from mst_fx.repeats import timeline
+            from mst_fx.diff.repeats import timeline
 
             found = []
             for pair in self.graphs:
@@ -131,7 +131,7 @@ class Report:
             colour: Use terminal colours.
             estimate: Say what memory a step takes before and after, for which the graphs are traced once more.
         """
-        from mst_fx.render import text_diff
+        from mst_fx.diff.render import text_diff
 
         return text_diff(self, backward, colour, estimate)
 
@@ -152,7 +152,7 @@ class Report:
         Raises:
             OSError: If the file can't be written; before anything else is done.
         """
-        from mst_fx.page import write_page
+        from mst_fx.diff.page import write_page
 
         write_page(self, path)
 

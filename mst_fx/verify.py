@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph import fake, run_on_fakes, walking
-from mst_fx.rows import same_size
+from mst_fx.rowform.rows import same_size
 
 
 class VerifyError(AssertionError):

@@ -273,10 +273,11 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
         u=weight(H, I), d=weight(I, H),
     ),
     "tensordot": layer(
-        lambda s, x: torch.tensordot(F.gelu(torch.tensordot(x, s.u, 1)), s.d, ([-1], [1])), u=weight(H, I), d=weight(H, I)
+        lambda s, x: torch.tensordot(F.gelu(torch.tensordot(x, s.u, 1)), s.d, ([-1], [1])),
+        u=weight(H, I), d=weight(H, I),
     ),
     "tensordot_weight_first": layer(
-        lambda s, x: torch.tensordot(s.d, F.gelu(torch.tensordot(s.u, x, dims=([1], [2]))), ([0], [0])).permute(1, 2, 0),
+        lambda s, x: torch.tensordot(s.d, F.gelu(torch.tensordot(s.u, x, ([1], [2]))), ([0], [0])).permute(1, 2, 0),
         u=weight(I, H), d=weight(I, H),
     ),
     "weight_first": layer(lambda s, x: (s.d @ F.gelu(s.u @ x.mT)).mT, u=weight(I, H), d=weight(H, I)),

@@ -82,7 +82,7 @@ LARGE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "max_position_embeddings": 65536,
 }  # fmt: skip
-"""Sizes of Llama 3 8B, for the config of ``mst_fx.models``."""
+"""Sizes of Llama 3 8B, for the config of ``mst_fx.commands.models``."""
 
 
 # -- models of our own -------------------------------------------------------------------------------

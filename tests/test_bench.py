@@ -22,8 +22,8 @@ from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.tables import markdown, plot, summary, table
 from mst_fx.bench.works import WORKS, Work, head, mlp
 from mst_fx.cli import main
+from mst_fx.commands.models import UsageError
 from mst_fx.measure import MALLOC_ENV, matmul_slowdown
-from mst_fx.models import UsageError
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
 TINY: dict[str, Any] = {

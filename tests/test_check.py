@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import mst_fx.ops as ops
-from mst_fx import coefficients
-from mst_fx.check import Check, IncomparableError, Row, _compare, check
-from mst_fx.graph_diff import in_graph_order
+from mst_fx.commands.check import Check, IncomparableError, Row, _compare, check
+from mst_fx.diff.graph_diff import in_graph_order
 from mst_fx.recipe import enable_checkpointing
+from mst_fx.regions import coefficients
 from tests.models import Between, H, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mst_fx import cli, pipeline, show
+from mst_fx import cli, pipeline
+from mst_fx.commands import show
 from mst_fx.verify import VerifyError
 from tests.models import Between, LanguageModel, SwiGLU, token_inputs
 from tests.test_check import plant

@@ -12,8 +12,8 @@ from torch import nn
 
 import mst_fx
 from mst_fx import cli
-from mst_fx.graph_diff import fold_paths, hunks
-from mst_fx.render import short_source
+from mst_fx.diff.graph_diff import fold_paths, hunks
+from mst_fx.diff.render import short_source
 from tests.harness import slow_but
 from tests.models import LARGE, NEAR_MISSES, LanguageModel, NanoBlock, SwiGLU, hf, hf_inputs, token_inputs
 

@@ -17,10 +17,10 @@ import transformers
 import mst_fx
 from benchmarks.local_model import FAMILIES, make_model_folder
 from mst_fx.cli import main
+from mst_fx.commands.models import UsageError
 from mst_fx.finetune import data
 from mst_fx.finetune.attention import choose_attention
 from mst_fx.finetune.data import find_source, pack, tokenized
-from mst_fx.models import UsageError
 from tests.harness import chunked, error
 
 # As the reference prints it; the paths stand for the user's own.

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx import chunking
 from mst_fx.recipe import enable_checkpointing
+from mst_fx.regions import chunking
 
 from .harness import EAGER, check_exact, chunked, slow_but
 from .models import H, I, S, V, hf, hf_inputs, token_inputs

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from mst_fx import chunking, ops, simplify
+from mst_fx import ops, simplify
+from mst_fx.regions import chunking
 from tests.harness import EAGER, check_exact, chunked, reasons
 
 T, H, V = 46, 16, 61

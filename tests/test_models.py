@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 import mst_fx
-from mst_fx.models import ModelSpec, Subject, UsageError, build_model, parse_options, parse_pairs
+from mst_fx.commands.models import ModelSpec, Subject, UsageError, build_model, parse_options, parse_pairs
 from tests.models import LARGE, LanguageModel, SwiGLU, hf, token_inputs
 
 

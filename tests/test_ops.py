@@ -8,11 +8,11 @@ from torch import fx
 
 from mst_fx import kernels
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
-from mst_fx.chunking import _size_class, compile_region
 from mst_fx.config import Config
 from mst_fx.context import Context
 from mst_fx.plan import ChunkPlan
-from mst_fx.random import KEEP_MASK
+from mst_fx.regions.chunking import _size_class, compile_region
+from mst_fx.rowform.random import KEEP_MASK
 
 aten = torch.ops.aten
 C, H, I = 4, 3, 5  # noqa: E741

@@ -15,13 +15,13 @@ import torch
 from torch import fx
 
 import mst_fx
-from mst_fx import page as page_module
-from mst_fx.graph_diff import subgraphs
-from mst_fx.liveness import Saved, Timeline
-from mst_fx.models import ModelSpec, build_model
+from mst_fx.commands.models import ModelSpec, build_model
+from mst_fx.diff import page as page_module
+from mst_fx.diff.graph_diff import subgraphs
+from mst_fx.diff.liveness import Saved, Timeline
+from mst_fx.diff.side_by_side import aligned_blocks, aligned_rows
+from mst_fx.diff.steps import Moment
 from mst_fx.report import BodyCode, GraphPair, RegionReport, Report
-from mst_fx.side_by_side import aligned_blocks, aligned_rows
-from mst_fx.steps import Moment
 from tests.models import LARGE, LanguageModel, SwiGLU, hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import mst_fx
-from mst_fx import liveness, repeats
-from mst_fx.models import ModelSpec, build_model
+from mst_fx.commands.models import ModelSpec, build_model
+from mst_fx.diff import liveness, repeats
 from tests.models import Between, LanguageModel, SwiGLU, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8}

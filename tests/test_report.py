@@ -134,13 +134,13 @@ def test_wide_activation_that_is_returned_is_named() -> None:
 def test_body_that_does_not_compile_is_left_as_it_was(monkeypatch) -> None:
     import pytest
 
-    import mst_fx.chunking
+    import mst_fx.regions.chunking
 
     def fail(*_):
         raise RuntimeError("no compiler today")
 
-    monkeypatch.setattr(mst_fx.chunking, "compile_body", fail)
-    monkeypatch.setattr(mst_fx.chunking, "BODIES", {})
+    monkeypatch.setattr(mst_fx.regions.chunking, "compile_body", fail)
+    monkeypatch.setattr(mst_fx.regions.chunking, "BODIES", {})
     model, inputs = LanguageModel(SwiGLU()), token_inputs()
     expected = model(**inputs)
     with pytest.warns(UserWarning, match="leaves the region at .* as it was: .*no compiler today"):

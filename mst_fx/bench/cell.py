@@ -20,8 +20,8 @@ import torch
 
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.works import WORKS, Work
+from mst_fx.commands.models import DTYPES, UsageError, parse_pairs
 from mst_fx.measure import keep_freed_memory
-from mst_fx.models import DTYPES, UsageError, parse_pairs
 
 Row = dict[str, Any]
 OUT_OF_MEMORY = "out of memory"

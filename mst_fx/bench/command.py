@@ -16,7 +16,7 @@ from mst_fx.bench.questions import LENGTHS, WORK_OF, Question, ask, load_rows, p
 from mst_fx.bench.systems import SYSTEMS
 from mst_fx.bench.tables import markdown, plot, summary, table
 from mst_fx.bench.works import SHAPES
-from mst_fx.models import DTYPES, UsageError, parse_pairs
+from mst_fx.commands.models import DTYPES, UsageError, parse_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

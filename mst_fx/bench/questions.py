@@ -17,9 +17,9 @@ import torch
 
 from mst_fx.bench.systems import SYSTEMS
 from mst_fx.bench.works import SHAPES, check_sizes, flops_of, flops_of_own, sizes_of
+from mst_fx.commands.models import DTYPES, UsageError
 from mst_fx.config import Config, did_you_mean
 from mst_fx.measure import MALLOC_ENV, matmul_slowdown, prepare_compiler
-from mst_fx.models import DTYPES, UsageError
 
 Row = dict[str, Any]
 

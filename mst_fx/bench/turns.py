@@ -22,8 +22,8 @@ import mst_fx
 from mst_fx.bench.cell import describe, parser, timed_step, told
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
 from mst_fx.bench.works import WORKS, Work
+from mst_fx.commands.models import DTYPES, parse_pairs
 from mst_fx.measure import keep_freed_memory
-from mst_fx.models import DTYPES, parse_pairs
 
 Variants = Mapping[str, tuple[str, Mapping[str, Any]]]
 """Label -> system and its options."""

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mst_fx.commands.models import DTYPES, ModelSpec, UsageError, build_model
+from mst_fx.commands.outputs import named_tensors, trained
 from mst_fx.config import did_you_mean
 from mst_fx.measure import peak_over_start
-from mst_fx.models import DTYPES, ModelSpec, UsageError, build_model
-from mst_fx.outputs import named_tensors, trained
 
 
 @dataclasses.dataclass

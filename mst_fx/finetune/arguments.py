@@ -10,8 +10,8 @@ from typing import NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from mst_fx.commands.models import UsageError, first_line
 from mst_fx.config import did_you_mean
-from mst_fx.models import UsageError, first_line
 
 # Flags that Transformers renamed or dropped, under which published commands still have them.
 RENAMED = {

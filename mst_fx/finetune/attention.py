@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mst_fx.models import UsageError
+from mst_fx.commands.models import UsageError
 
 CAUSAL = "sdpa_causal"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from mst_fx.commands.models import UsageError, first_line
 from mst_fx.finetune.arguments import ModelArguments
-from mst_fx.models import UsageError, first_line
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 

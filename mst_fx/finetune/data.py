@@ -17,10 +17,10 @@ from typing import Any
 import datasets
 import torch
 
+from mst_fx.commands.demo import standard_library_text
+from mst_fx.commands.models import UsageError, first_line
 from mst_fx.config import did_you_mean
-from mst_fx.demo import standard_library_text
 from mst_fx.finetune.checks import looks_like_path
-from mst_fx.models import UsageError, first_line
 
 BATCH = 500
 """Documents tokenized in one call."""

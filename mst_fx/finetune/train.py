@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import mst_fx
+from mst_fx.commands.models import DTYPES, UsageError, first_line, parse_options
 from mst_fx.finetune.arguments import ModelArguments, parse
 from mst_fx.finetune.attention import choose_attention
 from mst_fx.finetune.checks import load_config, load_tokenizer
 from mst_fx.finetune.data import collate, find_source, pack, tokenizer_stamp
 from mst_fx.measure import highest_memory
-from mst_fx.models import DTYPES, UsageError, first_line, parse_options
 from mst_fx.recipe import has_checkpointing, minisequence
 from mst_fx.report import join_reports
 

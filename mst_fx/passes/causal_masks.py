@@ -20,9 +20,9 @@ from torch import fx
 from mst_fx.context import Context, Graph
 from mst_fx.effects import mutated_storages
 from mst_fx.graph import fake_tensor
-from mst_fx.masks import read_mask
+from mst_fx.regions.masks import read_mask
 from mst_fx.report import RegionReport
-from mst_fx.rows import same_size
+from mst_fx.rowform.rows import same_size
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 

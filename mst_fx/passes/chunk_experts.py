@@ -9,9 +9,9 @@ Not handled: experts that are looped over, rows dropped by a capacity, offsets o
 
 from __future__ import annotations
 
-from mst_fx.chunking import chunk_region, skipped
 from mst_fx.context import Context, Graph
-from mst_fx.experts import find_experts
+from mst_fx.regions.chunking import chunk_region, skipped
+from mst_fx.regions.experts import find_experts
 from mst_fx.report import Mismatch, RegionReport
 
 

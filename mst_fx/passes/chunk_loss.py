@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.chunking import chunk_folded, chunk_region, skipped
-from mst_fx.coefficients import sum_lifted
 from mst_fx.context import Context, Graph
 from mst_fx.effects import change_after
 from mst_fx.graph import fake_tensor, storages
 from mst_fx.lazy_logits import LogitsSpec
-from mst_fx.lift import Lifted, Lifter, Output, finish_lift
-from mst_fx.losses import ValueSum, read_total
-from mst_fx.region import Region, find_regions, region_key
+from mst_fx.regions.chunking import chunk_folded, chunk_region, skipped
+from mst_fx.regions.coefficients import sum_lifted
+from mst_fx.regions.lift import Lifted, Lifter, Output, finish_lift
+from mst_fx.regions.losses import ValueSum, read_total
+from mst_fx.regions.region import Region, find_regions, region_key
+from mst_fx.regions.rewrite import erase_dead, erase_region
 from mst_fx.report import Mismatch, RegionReport
-from mst_fx.rewrite import erase_dead, erase_region
-from mst_fx.rows import MixesTokensError, same_size
+from mst_fx.rowform.rows import MixesTokensError, same_size
 
 _LOGITS_NOTES = {
     "lazy": "; returned logits are lazy",

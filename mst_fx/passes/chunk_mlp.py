@@ -12,9 +12,9 @@ Not handled: a wide value that is also read by something that mixes tokens.
 
 from __future__ import annotations
 
-from mst_fx.chunking import chunk_folded, chunk_region, skipped, wide_bytes
 from mst_fx.context import Context, Graph
-from mst_fx.region import Region, find_regions
+from mst_fx.regions.chunking import chunk_folded, chunk_region, skipped, wide_bytes
+from mst_fx.regions.region import Region, find_regions
 from mst_fx.report import Mismatch, RegionReport
 
 LEAST_SAVED = 0.6

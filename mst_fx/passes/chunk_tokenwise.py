@@ -8,10 +8,10 @@ Memory: all that the module keeps for its backward becomes that of one chunk, an
 
 from __future__ import annotations
 
-from mst_fx.chunking import chunk_region, skipped
 from mst_fx.context import Context, Graph
-from mst_fx.promise_check import check_promise
-from mst_fx.promised import find_calls, lift_call, region_of
+from mst_fx.regions.chunking import chunk_region, skipped
+from mst_fx.regions.promise_check import check_promise
+from mst_fx.regions.promised import find_calls, lift_call, region_of
 from mst_fx.report import Mismatch, RegionReport
 
 

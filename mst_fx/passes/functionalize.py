@@ -23,9 +23,9 @@ from torch import fx
 from mst_fx.context import Context, Graph
 from mst_fx.effects import is_in_place, reshapes_in_place
 from mst_fx.graph import fake, fake_tensor, grad_states, needs_grad, node_name, run_on_fakes, storages, walking
-from mst_fx.indexing import Writer, write_item
+from mst_fx.regions.indexing import Writer, write_item
 from mst_fx.report import RegionReport
-from mst_fx.rules.registry import UNTAGGED
+from mst_fx.rowform.rules.registry import UNTAGGED
 
 _OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,

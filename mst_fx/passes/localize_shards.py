@@ -25,7 +25,7 @@ from torch import fx
 
 from mst_fx.context import Context, Graph
 from mst_fx.graph import fake, ndim, node_name, walking
-from mst_fx.indexing import Writer
+from mst_fx.regions.indexing import Writer
 from mst_fx.report import RegionReport
 
 

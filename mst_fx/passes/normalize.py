@@ -22,10 +22,10 @@ from torch import fx
 from mst_fx.context import Context, Graph
 from mst_fx.effects import change_after
 from mst_fx.graph import fake_tensor, grad_states, needs_grad, node_name, storages
-from mst_fx.indexing import Writer, pick_labels, slice_features, token_index
-from mst_fx.joined import join_rows
-from mst_fx.projections import read_projection
-from mst_fx.region import AMPLIFICATION
+from mst_fx.regions.indexing import Writer, pick_labels, slice_features, token_index
+from mst_fx.regions.joined import join_rows
+from mst_fx.regions.projections import read_projection
+from mst_fx.regions.region import AMPLIFICATION
 from mst_fx.report import RegionReport
 
 _ELEMENTWISE = {"float", "to", "tanh", "mul", "truediv", "div", "contiguous", "bfloat16", "half"}

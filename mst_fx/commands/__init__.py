@@ -1,0 +1,1 @@
+"""What the commands are made of: naming a model, its outputs, ``explain``, ``diff``, ``demo``."""

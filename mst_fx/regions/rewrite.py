@@ -1,0 +1,294 @@
+"""Puts a chunked region in the place of its nodes in the outer graph.
+
+    linear, silu, linear, mul, linear
+ -> rows = x.flatten(0, 1); y = mst_fx.map([rows], [weights], body, C)[0].unflatten(0, (B, S))
+
+Only ``replace`` changes the graph, and nothing after its first change can fail.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from mst_fx import ops
+from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.graph import fake, fake_tensor, grad_states, is_autocast_switch, needs_grad, storages
+from mst_fx.regions.lift import Input, Lifted, Output
+from mst_fx.regions.losses import LossCall, count, none_counts, read_by_count, sum_dtype
+from mst_fx.regions.region import Region, module_stack, region_key
+from mst_fx.report import Mismatch
+from mst_fx.rowform.rows import same_size
+
+OPS = {"map": ops.MAP, "sum": ops.SUM}
+
+
+def find_place(lifted: Lifted) -> fx.Node | Mismatch:
+    """Return the node to insert before: behind every live-in, before every reader of an output.
+
+    The region must be convex, nothing it reads may change in place while it is pending, and gradients must
+    be recorded at that place if the region trains.
+    """
+    region, sources = lifted.region, _sources(lifted)
+    reader = _first_reader(lifted)
+    late = _move_up_late(lifted, sources, reader)
+    if late is not None:
+        return Mismatch(f"not convex: `{late.name}` is computed after an output is already read", region.source)
+    place = _where_gradients_are_recorded(lifted, sources, _behind_outputs(lifted, sources, reader))
+    if place is None:
+        return Mismatch("its result is first read where gradients are off", region.source)
+    changing = _changing_while_pending(lifted, sources, place)
+    if changing is not None:
+        return Mismatch(f"a value of the region changes in place (`{changing.name}`)", region.source)
+    return place
+
+
+def _order(lifted: Lifted) -> dict[fx.Node, int]:
+    return {n: i for i, n in enumerate(lifted.region.module.graph.nodes)}
+
+
+def _first_reader(lifted: Lifted) -> fx.Node:
+    """Return the first node that reads an output and stays."""
+    gone = {*lifted.region.nodes, *lifted.dead}
+    return min((u for o in lifted.outputs for u in o.node.users if u not in gone), key=_order(lifted).__getitem__)
+
+
+def _move_up_late(lifted: Lifted, sources: set[fx.Node], reader: fx.Node) -> fx.Node | None:
+    """Move live-ins behind ``reader`` in front of the region; return one of them where that can't be done."""
+    order = _order(lifted)
+    late = [n for n in sources if order[n] >= order[reader]]
+    moved = not late or _move_up(lifted.region.module.graph, late, lifted.region.nodes[0], order)
+    return None if moved else late[0]
+
+
+def _behind_outputs(lifted: Lifted, sources: set[fx.Node], reader: fx.Node) -> fx.Node:
+    """Return what is behind the last output, for what comes up to the reader may have nothing to do with the region."""
+    order = _order(lifted)
+    behind = max((o.node for o in lifted.outputs), key=order.__getitem__).next
+    return behind if max(map(order.__getitem__, sources)) < order[behind] < order[reader] else reader
+
+
+def _where_gradients_are_recorded(lifted: Lifted, sources: set[fx.Node], place: fx.Node) -> fx.Node | None:
+    """Go back from ``place``, which may be in a no_grad block, to where the region's gradients were recorded."""
+    states = grad_states(lifted.region.module)
+    training = [n for n in lifted.region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
+    while lifted.trains and (not training or states[place.prev] != states[training[-1]]):
+        place = place.prev
+        if place in sources or place.op in ("placeholder", "root"):
+            return None
+    return place
+
+
+def _changing_while_pending(lifted: Lifted, sources: set[fx.Node], place: fx.Node) -> fx.Node | None:
+    """Return a node that changes what the region reads or shows, between its first node and its last use."""
+    order, members, dead = _order(lifted), set(lifted.region.nodes), set(lifted.dead)
+    first, end = (which(order[n] for n in [*members, place]) for which in (min, max))
+    given = {o.node for o in lifted.outputs if not any(u in members for u in o.node.users)}
+    read, made = (set().union(*(storages(n) for n in nodes)) for nodes in (sources, members - given))
+    for node, at in order.items():
+        if at < first or node in members or node in dead:
+            continue
+        # What the backward recomputes from must stay as it is to the end.
+        held = read if lifted.trains and at >= end else read | made if at < end else set()
+        if mutated_storages(node) & held:
+            return node
+    return None
+
+
+def _sources(lifted: Lifted) -> set[fx.Node]:
+    """Return every node the inserted op and what surrounds it reads."""
+    extra = [n for o in lifted.outputs for n in (*read_by_count(o.total), *o.offsets) if isinstance(n, fx.Node)]
+    return {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}.union(extra)
+
+
+def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Move values that come late (labels shaped for a loss behind a metric) in front of ``place``.
+
+    Only what is computed from what is there already, without a gradient and without autocast.
+    """
+    moved: set[fx.Node] = set()
+    switched = any(is_autocast_switch(n) for n in graph.nodes)
+    stack = list(late)
+    while stack:
+        node = stack.pop()
+        if order[node] < order[place] or node in moved:
+            continue
+        values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
+        if not values or any(v.requires_grad for v in values) or is_in_place(node) or _draws(node):
+            return False
+        if any(v.is_floating_point() for v in values) and (
+            switched or any(needs_grad(n) for n in node.all_input_nodes)
+        ):
+            return False
+        moved.add(node)
+        stack += node.all_input_nodes
+    last = max(order[n] for n in late)
+    held = set().union(*(storages(n) for m in moved for n in [m, *m.all_input_nodes]))
+    if any(mutated_storages(n) & held for n in graph.nodes if order[place] <= order[n] < last):
+        return False
+    for node in sorted(moved, key=order.__getitem__):
+        place.prepend(node)
+    return True
+
+
+def _draws(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in ("rand", "bernoulli", "multinomial"))
+
+
+def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: int) -> None:
+    """Insert the op with its surroundings and hand its results to the readers of the region's outputs.
+
+    Args:
+        lifted: The region.
+        place: From ``find_place``.
+        op: "map" or "sum".
+        body: Name of the registered body.
+        chunk_tokens: C.
+    """
+    graph = lifted.region.module.graph
+    known = set(graph.nodes)
+    with graph.inserting_before(place):
+        rows = [_as_rows(graph, i) for i in lifted.chunked]
+        shared = [_as_shared(graph, i) for i in lifted.shared] + _hoist(graph, lifted)
+        seed = None
+        if lifted.body.has_seed:
+            seed = graph.call_function(torch.randint, (2**62, ()), {"device": "cpu"})
+        call = graph.call_function(OPS[op], (rows, shared, seed, body, chunk_tokens))
+        for i, output in enumerate(lifted.outputs):
+            value = graph.call_function(operator.getitem, (call, i))
+            new = _give_back(graph, lifted, output, value, summed=op == "sum" and i == 0)
+            new.meta.update({k: v for k, v in output.node.meta.items() if k == "stack_trace"})
+            # Regions found before read the new value where they read the old one.
+            new.meta["mst_replaces"] = new.meta["example_value"] = fake_tensor(output.node)
+            members = set(lifted.region.nodes)
+            output.node.replace_all_uses_with(new, delete_user_cb=lambda u, m=members: u not in m)
+    stack = module_stack(lifted.region)
+    for node in graph.nodes:
+        if node not in known:
+            node.meta["mst_region"] = region_key(lifted.region)
+            if stack:
+                node.meta["nn_module_stack"] = stack
+    erase_region(lifted.region, lifted.dead)
+
+
+def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
+    """Permute tokens to the front, spread values that several tokens share, flatten tokens."""
+    kinds, shape = source.live_in.kinds, source.live_in.shape
+    assert kinds is not None
+    value, own = source.node, source.live_in.tensor.shape
+    expanded = [-1 if d >= len(shape) - len(own) and same_size(own[d - len(shape) + len(own)], s) else s
+                for d, s in enumerate(shape)]  # fmt: skip
+    if len(own) < len(shape) or any(s != -1 for s in expanded):
+        sizes = [s if isinstance(s, int) else size_of(graph, s) for s in expanded]
+        value = graph.call_method("expand", (value, *sizes))
+    order = [d for d, k in enumerate(kinds) if k] + [d for d, k in enumerate(kinds) if not k]
+    if order != sorted(order):
+        value = graph.call_method("permute", (value, *order))
+    if sum(kinds) > 1:
+        value = graph.call_method("flatten", (value, 0, sum(kinds) - 1))
+    return value
+
+
+def size_of(graph: fx.Graph, size: Any, avoid: Sequence[fx.Node] = ()) -> fx.Node:
+    """Return a node that computes a symbolic size, read off a value that has it, of ``avoid`` only if need be."""
+    unwanted = set(avoid)
+    for node in sorted(graph.nodes, key=unwanted.__contains__):
+        value = fake_tensor(node)
+        for d, s in enumerate(value.shape if value is not None else ()):
+            if not isinstance(s, int) and same_size(s, size):
+                return graph.call_method("size", (node, d))
+    raise AssertionError(f"no value has the size {size}")
+
+
+def token_count(graph: fx.Graph, lifted: Lifted) -> Any:
+    """Return the number of tokens, or a node that computes it."""
+    if isinstance(lifted.tokens, int):
+        return lifted.tokens
+    return graph.call_method("size", (_as_rows(graph, lifted.chunked[0]), 0))
+
+
+def _as_shared(graph: fx.Graph, source: Input) -> fx.Node:
+    if tuple(source.live_in.shape) == tuple(source.live_in.tensor.shape):
+        return source.node
+    return graph.call_method("reshape", (source.node, tuple(source.live_in.shape)))
+
+
+def _hoist(graph: fx.Graph, lifted: Lifted) -> list[fx.Node]:
+    env: dict[fx.Node, fx.Node] = {}
+
+    def place(node: fx.Node) -> fx.Node:
+        if node not in env:
+            if node in lifted.placeholders:
+                env[node] = _as_shared(graph, lifted.placeholders[node])
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), place)
+                env[node] = graph.call_function(node.target, args, kwargs)  # pyright: ignore
+        return env[node]
+
+    return [place(n) for n in lifted.hoisted]
+
+
+def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, summed: bool) -> fx.Node:
+    """Turn rows into the shape the readers expect, or per-token values into the scalar they sum up to."""
+    old = fake_tensor(output.node)
+    assert old is not None
+    if not output.reduced:
+        return _unflatten(graph, lifted, output, value, old)
+    assert output.total is not None
+    wide = sum_dtype(old.dtype)
+    total = value if summed else graph.call_method("sum", (value,), {"dtype": wide})
+    divisor = count(graph, output.total, lambda: token_count(graph, lifted), lambda s: size_of(graph, s))
+    if divisor is not None:
+        if isinstance(output.total, LossCall) and not output.total.soft:
+            total = _divided(graph, total, divisor, none_counts(graph, output.total, divisor))
+        else:
+            total = graph.call_function(torch.div, (total, divisor))
+    for offset in output.offsets:
+        total = graph.call_function(torch.add, (total, offset))
+    return total if old.dtype == wide and not output.offsets else graph.call_method("to", (total, old.dtype))
+
+
+def _divided(graph: fx.Graph, total: fx.Node, count: fx.Node, none: fx.Node) -> fx.Node:
+    """Divide by what counts; NaN without a gradient where nothing does."""
+    quotient = graph.call_function(torch.div, (total, graph.call_function(torch.add, (count, none))))
+    return graph.call_function(torch.where, (none, float("nan"), quotient))
+
+
+def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, old: torch.Tensor) -> fx.Node:
+    kinds, shape = output.row.kinds, old.shape
+    tokens = [d for d, k in enumerate(kinds) if k]
+    if len(tokens) > 1:
+        unknown = [d for d in tokens if not isinstance(shape[d], int)]
+        sizes = [shape[d] if isinstance(shape[d], int) else size_of(graph, shape[d]) for d in tokens]
+        if len(unknown) == 1 and all(shape[d] != 0 for d in tokens if d not in unknown):
+            sizes = [-1 if d in unknown else shape[d] for d in tokens]
+        value = graph.call_method("unflatten", (value, 0, tuple(sizes)))
+    elif not tokens:
+        value = graph.call_method("squeeze", (value, 0))
+    order = tokens + [d for d, k in enumerate(kinds) if not k]
+    if order != sorted(order):
+        value = graph.call_method("permute", (value, *(order.index(d) for d in range(len(order)))))
+        if old.is_contiguous():  # a reader may view it, or what is computed of it, as what was
+            value = graph.call_method("contiguous", (value,))
+    return value
+
+
+def erase_region(region: Region, dead: Sequence[fx.Node] = ()) -> None:
+    """Erase what nothing reads any more of a region, behind it and of the dequantisation in front of it."""
+    erase_dead(region.module.graph, [*region.nodes, *dead])
+    erase_dead(region.module.graph, region.absorbed)
+
+
+def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of a region's nodes that nothing reads any more.
+
+    Not ``eliminate_dead_code``: in a Dynamo graph that drops in-place calls whose result is unused.
+    """
+    for node in reversed(nodes):
+        if not node.users and node.graph is graph and not node._erased:
+            graph.erase_node(node)

@@ -1,0 +1,239 @@
+"""What ops do to slots: sort, take, count, multiply by expert, put back.
+
+A rule returns one form per result, None where it does not apply, or raises ``MixesTokensError``. Rules for rows
+(``rules``) serve for all that keeps slots where they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.rowform.rows import MixesTokensError, Row, aten, concrete, feature_shape, numel, same_size
+from mst_fx.rowform.rules.registry import op_name
+from mst_fx.rowform.slots import EXACT_FOR_IDS, RULES, Order, SlotBuilder, SlotRow, Special, slot_rule
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, defaults included."""
+    schema = func._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+
+
+@slot_rule(aten.view, aten._unsafe_view, aten.reshape)
+def _merge(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Tokens and choices as slots, ``[T, k, ...] -> [S, ...]``, and back."""
+    form, old, new = b.form(args[0]), args[0].shape, outs[0].shape
+    if isinstance(form, SlotRow):
+        if form.order is not None or not form.kinds[0] or not len(new) or b.counts_slots(new[0]):
+            return None
+        for n in range(1, len(new)):
+            if same_size(numel(new[:n]), b.tokens) and same_size(new[n], b.k):
+                features = [concrete(s) for s in new[n:]]
+                if not all(isinstance(s, int) for s in features):
+                    return None
+                kinds = (True,) * n + (False,) * len(features)
+                return [Row(kinds, b.emit(aten.reshape.default, form.node, [-1, *features]))]
+        return None
+    if not isinstance(form, Row) or not len(new) or not b.counts_slots(new[0]):
+        return None
+    n = sum(form.kinds)
+    if form.kinds[:n] != (True,) * n or n == len(old) or not same_size(old[n], b.k) or n + 1 > len(old):
+        return None
+    features = [concrete(s) for s in new[1:]]
+    if list(features) != list(feature_shape(old[n + 1 :], form.kinds[n + 1 :])):
+        return None
+    return [as_slots(b, form, features)]
+
+
+def as_slots(b: SlotBuilder, row: Row, features: list[Any]) -> SlotRow:
+    """Return a value of tokens and choices as slots in the order of the tokens."""
+    node = b.emit(aten.reshape.default, row.node, [-1, *features])
+    return SlotRow((True,) + (False,) * len(features), node, None, node if not features else None)
+
+
+@slot_rule(aten.sort)
+def _sort(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form = b.form(args[0])
+    given = _bound(func, args, kwargs)
+    if isinstance(form, Special):
+        if form.role != "perm" or given["descending"]:
+            return None
+        node = b.emit(aten.sort.default, form.node)
+        return [Special("iota"), Special("inverse", b.emit(operator.getitem, node, 1), form.order)]
+    if not isinstance(form, SlotRow) or args[0].ndim != 1 or form.order is not None:
+        return None
+    source = form.ids or form.node
+    order = Order(source, not given["descending"])
+    rest = {k: v for k, v in given.items() if k != "self" and v is not None}
+    rest = {k: v for k, v in rest.items() if k in {a.name for a in func._schema.arguments}}
+    positional = [rest.pop(a.name) for a in func._schema.arguments[1:] if not a.kwarg_only and a.name in rest]
+    node = b.emit(func, form.node, *positional, **rest)
+    values, perm = (b.emit(operator.getitem, node, i) for i in range(2))
+    return [SlotRow((True,), values, order, source), Special("perm", perm, order)]
+
+
+@slot_rule(aten.floor_divide, aten.div)
+def _token(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form = b.form(args[0])
+    floor = func.overloadpacket is aten.floor_divide or kwargs.get("rounding_mode") in ("floor", "trunc")
+    if not isinstance(form, Special) or form.role != "perm" or not floor or not isinstance(args[1], int):
+        return None
+    if args[1] != b.k:
+        raise MixesTokensError(f"divides positions by {args[1]}, where each token has {b.k}")
+    return [Special("token", b.emit(func, form.node, b.k, **kwargs), form.order)]
+
+
+@slot_rule(aten.arange)
+def _arange(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    given = _bound(func, args, kwargs)
+    whole = given.get("start", 0) == 0 and given.get("step", 1) == 1
+    return [Special("iota")] if whole and b.counts_slots(given["end"]) else None
+
+
+@slot_rule(aten.empty_like, aten.zeros_like)
+def _scratch(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form = b.form(args[0])
+    return [Special("scratch", order=form.order)] if isinstance(form, Special) and form.role == "perm" else None
+
+
+@slot_rule(aten.detach, aten.alias, aten.clone)
+def _same(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form = b.form(args[0])
+    return [form] if isinstance(form, Special) else None
+
+
+@slot_rule(aten.index_put, aten.scatter)
+def _invert(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """``inverse[perm] = arange(S)``."""
+    given = _bound(func, args, kwargs)
+    if func.overloadpacket is aten.index_put:
+        indices, values, plain = given["indices"], given["values"], not given["accumulate"]
+        index = indices[0] if len(indices) == 1 else None
+    else:
+        index, values, plain = given["index"], given.get("src"), "reduce" not in given
+    at, perm, iota = b.form(given["self"]), b.form(index), b.form(values)
+    if not all(isinstance(f, Special) for f in (at, perm, iota)) or not plain:
+        return None
+    if (at.role, perm.role, iota.role) != ("scratch", "perm", "iota"):
+        return None
+    node = b.emit(aten.sort.default, perm.node)
+    return [Special("inverse", b.emit(operator.getitem, node, 1), perm.order)]
+
+
+@slot_rule(aten.index, aten.index_select, aten.embedding)
+def _index(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Take rows: of tokens into slots, of slots into another order, of a shared table by a number per slot."""
+    x = args[0]
+    if func.overloadpacket is aten.index:
+        index = args[1][0] if len(args[1]) == 1 else None
+    elif func.overloadpacket is aten.index_select:
+        index = args[2] if args[1] % x.ndim == 0 else None
+    else:
+        index = args[1]
+    at, form = b.form(index), b.form(x)
+    if not isinstance(at, Special | SlotRow):
+        return None
+    kinds = (True,) + (False,) * (x.ndim - 1)
+    if isinstance(at, SlotRow):
+        assert isinstance(index, torch.Tensor)
+        if isinstance(form, Row | Special) or at.kinds != (True,) or index.dtype not in (torch.int32, torch.int64):
+            raise MixesTokensError("looks tokens up by a number that each of them computes")
+        table = b.shared(x)
+        node = b.emit(aten.index.Tensor, table, [at.node])
+        return [SlotRow((True,) + (False,) * (outs[0].ndim - 1), node, at.order)]
+    if at.role == "token":
+        if form is None and same_size(x.shape[0], b.tokens):
+            form = b.chunked(x, kinds)
+        if isinstance(form, Row) and not isinstance(form, SlotRow) and form.kinds == kinds:
+            if same_size(x.shape[0], b.tokens):
+                return [SlotRow(kinds, b.emit(aten.index.Tensor, form.node, [at.node]), at.order)]
+    if isinstance(form, SlotRow) and form.kinds == kinds:
+        node = b.emit(aten.index.Tensor, form.node, [at.node])
+        in_order = at.role == "perm" or (at.role == "token" and b.k == 1)
+        if in_order and form.order is None:
+            return [SlotRow(kinds, node, at.order, form.ids)]
+        if at.role == "inverse" and form.order is at.order:
+            return [SlotRow(kinds, node, None, form.ids)]
+    raise MixesTokensError("takes rows by another permutation than the one they stand in")
+
+
+@slot_rule(aten.histc)
+def _histc(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form, given = b.form(args[0]), _bound(func, args, kwargs)
+    bins = given["bins"]
+    if not isinstance(form, SlotRow) or form.ids is None:
+        return None
+    if bins < 2 or given["min"] != 0 or given["max"] != bins - 1:
+        raise MixesTokensError("counts something else than the experts' numbers")
+    return [Special("counts", b.emit(func, form.node, bins, 0, bins - 1), None, form.ids)]
+
+
+@slot_rule(aten.cumsum)
+def _offsets(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form = b.form(args[0])
+    if not isinstance(form, Special) or form.role != "counts":
+        return None
+    return [Special("offsets", b.emit(func, form.node, *args[1:], **kwargs), None, form.source)]
+
+
+@slot_rule(aten._to_copy)
+def _cast_counts(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    form = b.form(args[0])
+    counts = isinstance(form, Special) and form.role in ("counts", "offsets")
+    if not counts or outs[0].dtype not in EXACT_FOR_IDS:
+        return None
+    return [replace(form, node=b.emit(func, form.node, dtype=outs[0].dtype))]
+
+
+@slot_rule(aten.bmm)
+def _per_slot(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Multiply every slot by a matrix of its own."""
+    left, right = (b.form(a) for a in args)
+    if not isinstance(left, SlotRow) or not isinstance(right, SlotRow):
+        return None
+    if left.order is not right.order or left.kinds != (True, False, False) or right.kinds != left.kinds:
+        return None
+    b.products += 1
+    return [SlotRow(left.kinds, b.emit(func, left.node, right.node), left.order)]
+
+
+def grouped_product(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Multiply sorted slots by the matrix of their expert: rows up to offset ``e`` by matrix ``e``."""
+    given = _bound(func, args, kwargs)
+    x, weight, offs = (list(given.values())[i] for i in range(3))
+    rows, ends = b.form(x), b.form(offs)
+    if not isinstance(rows, SlotRow):
+        return None
+    if rows.kinds != (True, False) or weight.ndim != 3 or isinstance(b.form(weight), Row):
+        raise MixesTokensError("is a product by groups of something else than rows by shared matrices")
+    if not isinstance(ends, Special) or ends.role != "offsets":
+        raise MixesTokensError("multiplies groups of rows that are not known to be the experts'")
+    if rows.order is None or not rows.order.ascending or ends.source is not rows.order.source:
+        raise MixesTokensError("multiplies groups of rows by offsets of other numbers than they are sorted by")
+    if not same_size(weight.shape[0], offs.shape[0]) or any(v is not None for v in list(given.values())[3:]):
+        raise MixesTokensError(f"is {op_name(func)} in a form that is not known")
+    b.products += 1
+    return [SlotRow(rows.kinds, b.emit(func, rows.node, b.shared(weight), ends.node), rows.order)]
+
+
+_GROUPED = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
+"""Products by groups: torch's, and the one Transformers registers where torch's does not compile (fp32)."""
+
+
+def multiplies_groups(node: fx.Node) -> bool:
+    """Whether a node of a Dynamo graph is a grouped product."""
+    return any(getattr(node.target, "__name__", "").split(".")[0] == name for _, name in _GROUPED)
+
+
+def register_grouped() -> None:
+    """Register the rule of those grouped products that exist in this process by now."""
+    for namespace, name in _GROUPED:
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        if packet is not None and grouped_product not in RULES.get(packet, ()):
+            slot_rule(packet)(grouped_product)
