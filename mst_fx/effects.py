@@ -141,6 +141,20 @@ def _parameters(function: Any) -> tuple[str, ...]:
         return ()
 
 
+# -- random numbers -----------------------------------------------------------------------------------
+
+
+_DRAWS = ("rand", "bernoulli", "multinomial", "dropout", "rrelu", "poisson", "binomial")
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: computed again, it would give others."""
+    name = called_name(node)
+    if name == "dropout" and 0 in (node.kwargs.get("p"), *node.args[1:2]):
+        return False
+    return name == "normal" or any(word in name for word in _DRAWS)
+
+
 # -- nodes with graphs of their own --------------------------------------------------------------------
 
 

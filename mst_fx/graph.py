@@ -254,6 +254,27 @@ def storages(node: fx.Node) -> set[int]:
     return {storage_of(t) for v in found for t in tensors_in(v) if t.layout is torch.strided}
 
 
+def stride_order(value: torch.Tensor) -> list[int] | None:
+    """Return the dimensions of a dense value from the largest stride to the smallest, those of size 1 left out.
+
+    None if its elements overlap, or have others between them.
+    """
+    sizes, strides = ([size_hint(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    order = sorted((d for d, size in enumerate(sizes) if size != 1), key=lambda d: -strides[d])
+    step = 1
+    for d in reversed(order):
+        if strides[d] != step:
+            return None
+        step *= sizes[d]
+    return order
+
+
+def size_hint(size: Any) -> int:
+    """Return the example value of a symbolic size, without a guard."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint) if hint is not None else 2**14
+
+
 def is_parameter_like(node: Any, outer: dict[fx.Node, fx.Node] | None = None) -> bool:
     """Whether a value comes from parameters and buffers alone, whatever is computed of them."""
     seen: set[fx.Node] = set()

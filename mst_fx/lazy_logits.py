@@ -5,7 +5,7 @@ shape, dtype and device of the logits, holds the hidden states, and stays lazy t
 ``float`` and ``to``. Anything else computes the logits through the same head.
 
 Danger:
-    Touched after the head's weights have changed it raises rather than show other logits.
+    Touched after the head's weights or its input have changed it raises rather than show other logits.
     Gradients do not flow through it; asking for them raises. ``mst.logits="keep"`` keeps real logits.
 """
 
@@ -31,6 +31,8 @@ class LogitsSpec:
     sources: tuple[tuple[str, int], ...] = ()
     """("arg" | "out", position) for every input of the head, chunked ones first."""
     num_chunked: int = 0
+    seen_as: tuple[tuple[Any, ...], ...] = ()
+    """For each input the shape it is expanded to (chunked) or viewed as (shared), sizes like those of ``shape``."""
     flattened: tuple[tuple[int, ...], ...] = ()
     """For each chunked input the order that brings its token dimensions to the front, then their number."""
     shape: tuple[Any, ...] = ()
@@ -39,6 +41,12 @@ class LogitsSpec:
     """Permutation from (tokens, features) to the logits' own dimensions."""
     dtype: torch.dtype = torch.float32
     requires_grad: bool = False
+    memory: int = 0
+    """Values of one graph that have the same number share memory."""
+    layout: tuple[tuple[int, ...], int] | None = None
+    """Strides and offset within that memory, None where they are symbolic."""
+    whole: bool = False
+    """Whether the value is all of that memory, laid out as its rows are computed."""
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -53,34 +61,41 @@ class _Head:
     """The head and what it computes the logits from; alive while some lazy logits are not computed yet."""
 
     def __init__(self, spec: LogitsSpec, inputs: Sequence[torch.Tensor]) -> None:
-        self.spec = spec
-        self.inputs = list(inputs)
+        self.spec, self.given = spec, list(inputs)
+        shapes = [tuple(map(self._size, shape)) for shape in spec.seen_as]
+        views = [torch.Tensor.expand] * spec.num_chunked + [torch.Tensor.reshape] * (len(inputs) - spec.num_chunked)
+        self.inputs = [view(t, shape) for view, t, shape in zip(views, inputs, shapes, strict=True)]
         self.versions = [_version(t) for t in inputs]
-        # Some optimizers and shardings write through `.data`, which no version counts.
-        self.samples = [_sample(t) for t in self.inputs[spec.num_chunked :]]
-        self.shape = tuple(s if isinstance(s, int) else self._size(*s) for s in spec.shape)
+        # Some optimizers and shardings write through `.data`, which no version counts, nor one in inference mode.
+        self.samples = [_sample(t) for t in self.given]
+        self.shape = tuple(map(self._size, spec.shape))
 
-    def _size(self, source: int, dim: int) -> int:
-        shape, order = self.inputs[source].shape, self.spec.flattened[source]
-        return shape[dim] if dim >= 0 else math.prod(shape[d] for d in order[: order[-1]])
+    def _size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        source, dim = size
+        if dim >= 0:
+            return self.given[source].shape[dim]
+        order = self.spec.flattened[source]
+        return math.prod(self.inputs[source].shape[d] for d in order[: order[-1]])
 
     @property
     def freed(self) -> bool:
         """Whether weights are gone: FSDP frees what it gathered."""
-        return any(map(_is_freed, self.inputs))
+        return any(map(_is_freed, self.given))
 
     @property
     def changed(self) -> bool:
-        """Whether the weights are others than in the forward, or gone."""
-        if self.freed or [_version(t) for t in self.inputs] != self.versions:
+        """Whether weights or hidden states are others than in the forward, or gone."""
+        if self.freed or [_version(t) for t in self.given] != self.versions:
             return True
-        return not all(map(torch.equal, map(_sample, self.inputs[self.spec.num_chunked :]), self.samples))
+        return not all(map(_are_same, map(_sample, self.given), self.samples))
 
     def compute(self) -> torch.Tensor:
         """Compute the logits.
 
         Raises:
-            RuntimeError: If the weights have changed since the forward, or are gone.
+            RuntimeError: If weights or hidden states have changed since the forward, or are gone.
         """
         if self.freed:
             raise RuntimeError(
@@ -91,8 +106,9 @@ class _Head:
             )
         if self.changed:
             raise RuntimeError(
-                "these logits were not computed in the forward (their loss was chunked), and the model's weights "
-                "have changed since, so they can't be computed any more. Read them before the optimizer step, or "
+                "these logits were not computed in the forward (their loss was chunked), and the model's weights, or "
+                "the hidden states, have changed since, so they can't be computed any more. Read them before the "
+                "optimizer step, or "
                 'compile with options={"mst.logits": "keep"}.'
             )
         assert self.spec.head is not None
@@ -110,9 +126,12 @@ class _Head:
 class _Deferred:
     """One value, computed once, for all the lazy tensors that would share memory if they were real."""
 
-    def __init__(self, head: _Head, casts: tuple[torch.dtype, ...], cast_from: _Deferred | None = None) -> None:
+    def __init__(
+        self, head: _Head, casts: tuple[torch.dtype, ...], cast_from: _Deferred | None = None,
+        view_of: _Deferred | None = None,
+    ) -> None:  # fmt: skip
         self.head: _Head | None = head
-        self.casts, self.cast_from = casts, cast_from
+        self.casts, self.cast_from, self.view_of = casts, cast_from, view_of
         self.value: torch.Tensor | None = None
         self.version = 0
 
@@ -121,11 +140,13 @@ class _Deferred:
         if self.value is None:
             self.value = self._fresh()
             self.version = _version(self.value)
-            self.head = self.cast_from = None
+            self.head = self.cast_from = self.view_of = None
         return self.value
 
     def _fresh(self) -> torch.Tensor:
         assert self.head is not None
+        if self.view_of is not None and self.head.spec.layout is not None:
+            return self.view_of.compute().as_strided(self.head.shape, *self.head.spec.layout)
         source = self.cast_from
         if self.head.changed and source is not None:
             # What was cast may have been read in time, and is the same unless it was changed in place since.
@@ -147,8 +168,12 @@ def _is_freed(tensor: torch.Tensor) -> bool:
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
+def _are_same(new: torch.Tensor, old: torch.Tensor) -> bool:
+    return bool(((new == old) | (new != new) & (old != old)).all())
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy some of a weight's elements, at most 32 along each dimension."""
+    """Copy some of a tensor's elements, at most 32 along each dimension."""
     with torch.no_grad():
         return tensor[tuple(slice(None, None, -(-s // 32) or 1) for s in tensor.shape)].clone()
 
@@ -252,7 +277,7 @@ def _recast(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
 def _copy(lazy: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
     """Return lazy logits with memory of their own to be."""
     grad, old = lazy.requires_grad and torch.is_grad_enabled(), lazy._deferred
-    if old.head is None:
+    if old.head is None or (old.view_of is not None and old.view_of.value is not None):
         return None  # another view of these logits was read already
     return LazyLogits(_Deferred(old.head, (*old.casts, dtype), old), lazy.shape, lazy.device, grad)
 
@@ -311,12 +336,16 @@ def _cast(func: Any, lazy: LazyLogits, args: Any, kwargs: Any) -> torch.dtype | 
 def build_outputs(outputs: Sequence[Any], args: Sequence[Any], specs: Sequence[LogitsSpec], count: int) -> list[Any]:
     """Replace the slots of the specs in a graph's first ``count`` outputs by lazy logits (or None)."""
     results = list(outputs[:count])
-    for spec in specs:
+    wholes: dict[int, _Deferred] = {}
+    for spec in sorted(specs, key=lambda s: not s.whole):
         if spec.head is None:
             results[spec.slot] = None
             continue
         inputs = [(args if kind == "arg" else outputs)[i].detach() for kind, i in spec.sources]
         grad = spec.requires_grad and torch.is_grad_enabled()
         head = _Head(spec, inputs)
-        results[spec.slot] = LazyLogits(_Deferred(head, (spec.dtype,)), head.shape, inputs[0].device, grad)
+        deferred = _Deferred(head, (spec.dtype,), view_of=wholes.get(spec.memory) if spec.layout else None)
+        if spec.whole:
+            wholes.setdefault(spec.memory, deferred)
+        results[spec.slot] = LazyLogits(deferred, head.shape, inputs[0].device, grad)
     return results

@@ -42,6 +42,8 @@ class CompiledBody:
     backward: Callable[..., Any] | None
     plan: Backward | None
     accumulate: str
+    ignores: bool = False
+    """Whether no gradient comes of tokens left out of the loss, however large the gradient that comes from behind."""
     graph: fx.GraphModule | None = None
     """The forward as it was traced, for estimates; None in one that has none."""
 
@@ -173,8 +175,11 @@ def _sum_backward(ctx: Any, grads: Any) -> Any:
     upstream = grads[0]
     if upstream is None:
         return [None] * n, [None] * m, None, None, None
+    found = BODIES[ctx.body]
     scaled = [(g * upstream).to(g.dtype) for g in ctx.saved_tensors]
-    return *_spread(BODIES[ctx.body], scaled, n, m), None, None, None
+    if found.ignores:  # also where the loss was divided by a count of 0 labels
+        scaled = [torch.where(g == 0, g, s) for g, s in zip(ctx.saved_tensors, scaled, strict=True)]
+    return *_spread(found, scaled, n, m), None, None, None
 
 
 torch.library.register_autograd("mst_fx::sum", _sum_backward, setup_context=_sum_setup)

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, UnsupportedOperatorException
+from torch.utils import _pytree as pytree
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -154,4 +156,7 @@ def tokenwise_call(key: int, state: dict[str, torch.Tensor], args: Any, kwargs: 
             f"chunked ({type(e).__name__}: {first})",
             stacklevel=2,
         )
-        raise
+        if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((state, args, kwargs))):
+            raise
+        # Of the errors met while it traces Dynamo breaks the graph at some only; this is one of them.
+        raise UnsupportedOperatorException(str(promise)) from e

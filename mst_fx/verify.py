@@ -54,11 +54,13 @@ def _run(node: fx.Node, pass_name: str, fake_mode: Any) -> None:
         value = run_on_fakes(node, fake_mode)
     except Exception as e:
         raise VerifyError(f"{pass_name}: node {node.name} ({node.target}) does not run: {e}") from e
-    node.meta["example_value"] = value
+    # Views of what a value has replaced have fake values on its memory: only on that are they seen to share it, so
+    # one that a pass has given stays.
+    known = node.meta.setdefault("example_value", value)
     del node.meta["mst_new"]
-    old = node.meta.pop("mst_replaces", None)
-    if old is not None and not _alike(old, value):
-        raise VerifyError(f"{pass_name}: node {node.name} is {_show(value)} in place of {_show(old)}")
+    for old in (known, node.meta.pop("mst_replaces", None)):
+        if old is not None and not _alike(old, value):
+            raise VerifyError(f"{pass_name}: node {node.name} is {_show(value)} in place of {_show(old)}")
 
 
 def _alike(old: Any, new: Any) -> bool:

@@ -11,10 +11,10 @@ from torch import fx
 
 from mst_fx.body import Term
 from mst_fx.diff.steps import build_program, flat, simulate, value_bytes
+from mst_fx.graph import size_hint
 from mst_fx.inductor import cpu_multiplies, partition, storage_of
 from mst_fx.ops import BODIES, MAP, SUM, CompiledBody
 from mst_fx.pipeline import copy_graph
-from mst_fx.regions.chunking import size_hint
 from mst_fx.sums import PRODUCT_BLOCK_BYTES, sum_dtype, sum_itemsize
 
 _LOOPS = {MAP, SUM, torch.ops.mst_fx.map_backward.default}

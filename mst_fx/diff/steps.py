@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from mst_fx.graph import module_path, source_of
+from mst_fx.graph import module_path, size_hint, source_of
 from mst_fx.inductor import storage_of
 from mst_fx.printing import node_line
-from mst_fx.regions.chunking import size_hint
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

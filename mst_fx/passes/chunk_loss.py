@@ -22,7 +22,8 @@ from torch import fx
 
 from mst_fx.context import Context, Graph
 from mst_fx.effects import change_after
-from mst_fx.graph import fake_tensor, storages
+from mst_fx.graph import fake_tensor, storages, stride_order
+from mst_fx.inductor import storage_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.regions.chunking import chunk_folded, chunk_region, skipped
 from mst_fx.regions.coefficients import sum_lifted
@@ -31,7 +32,7 @@ from mst_fx.regions.losses import ValueSum, read_total
 from mst_fx.regions.region import Region, find_regions, region_key
 from mst_fx.regions.rewrite import erase_dead, erase_region
 from mst_fx.report import Mismatch, RegionReport
-from mst_fx.rowform.rows import MixesTokensError, same_size
+from mst_fx.rowform.rows import MixesTokensError, concrete, same_size
 
 _LOGITS_NOTES = {
     "lazy": "; returned logits are lazy",
@@ -100,11 +101,13 @@ def _attempt(lifted: Lifted, graph: Graph, context: Context) -> RegionReport:
     logits = _read_logits(region, graph, context)
     if isinstance(logits, Mismatch):
         return skipped(region, logits.reason, lifted)
+    nodes = list(region.nodes)
     lifted, op, note = _choose_op(lifted, graph, context)
     if logits:
         note += _LOGITS_NOTES[context.config.logits]
     report = chunk_region(lifted, op, context, note)
     if report.status != "chunked":
+        region.nodes[:] = nodes
         erase_dead(graph.module.graph, lifted.built)
     elif context.config.logits != "keep":
         for value, head in logits:
@@ -168,7 +171,8 @@ def _read_logits(region: Region, graph: Graph, context: Context) -> list[tuple[f
                     region.source,
                 )
             known = fake_tensor(value)
-            if known is None or any(_size_source(s, head) is None for s in known.shape):
+            shapes = [i.live_in.shape for i in [*head.chunked, *head.shared]]
+            if known is None or any(_size_source(s, head) is None for shape in (known.shape, *shapes) for s in shape):
                 return Mismatch(
                     "not supported: the returned logits have a size that can't be told later", region.source
                 )
@@ -208,13 +212,26 @@ def _defer_logits(value: fx.Node, head: Lifted, graph: Graph, context: Context) 
         kinds = head.outputs[0].row.kinds
         order = [d for d, k in enumerate(kinds) if k] + [d for d, k in enumerate(kinds) if not k]
         spec = LogitsSpec(
-            slots[0], head.body.graph, tuple(sources), len(head.chunked), tuple(_flattening(i) for i in head.chunked),
+            slots[0], head.body.graph, tuple(sources), len(head.chunked),
+            tuple(tuple(_size_source(s, head) for s in i.live_in.shape) for i in [*head.chunked, *head.shared]),
+            tuple(_flattening(i) for i in head.chunked),
             tuple(_size_source(s, head) for s in fake.shape), tuple(order), fake.dtype, fake.requires_grad,
+            storage_of(fake), *_layout(fake, order),
         )  # fmt: skip
         context.logits += [dataclasses.replace(spec, slot=i) for i in slots]
     for i in slots:
         results[i] = None
     output.args = (tuple(results),)
+
+
+def _layout(fake: torch.Tensor, order: list[int]) -> tuple[tuple[tuple[int, ...], int] | None, bool]:
+    """Return where a value lies in its memory, and whether it is all of it in the order in which it is computed."""
+    strides, offset = tuple(map(concrete, fake.stride())), concrete(fake.storage_offset())
+    if not all(isinstance(n, int) for n in (*strides, offset)):
+        return None, False
+    dense, size = stride_order(fake), fake.numel() * fake.dtype.itemsize
+    whole = dense is not None and [d for d in order if d in dense] == dense
+    return (strides, offset), whole and concrete(fake.untyped_storage().nbytes()) == concrete(size)
 
 
 def _flattening(source: Any) -> tuple[int, ...]:

@@ -22,8 +22,19 @@ from torch import fx
 
 from mst_fx.context import Context, Graph
 from mst_fx.effects import is_in_place, reshapes_in_place
-from mst_fx.graph import fake, fake_tensor, grad_states, needs_grad, node_name, run_on_fakes, storages, walking
+from mst_fx.graph import (
+    fake,
+    fake_tensor,
+    grad_states,
+    needs_grad,
+    node_name,
+    run_on_fakes,
+    storages,
+    stride_order,
+    walking,
+)
 from mst_fx.regions.indexing import Writer, write_item
+from mst_fx.regions.strides import laid_out, like_strides, strides_matter
 from mst_fx.report import RegionReport
 from mst_fx.rowform.rules.registry import UNTAGGED
 
@@ -59,6 +70,12 @@ def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> b
     value = fake_tensor(new)
     # In place the dtype stays; a promoted or autocast twin would give another.
     if new is None or old is None or value is None or value.dtype != old.dtype or value.shape != old.shape:
+        writer.undo()
+        return False
+    wanted = like_strides(value, old)
+    if wanted is not None:
+        new = laid_out(lambda name, *args: writer.create("call_method", name, args, {}), new, wanted, old.ndim)
+    elif stride_order(old) is None and strides_matter(target, node):
         writer.undo()
         return False
     # Views made later have fake values on the old storage: only on that one are they seen to share memory with it.

@@ -26,6 +26,7 @@ from mst_fx.regions.indexing import Writer, pick_labels, slice_features, token_i
 from mst_fx.regions.joined import join_rows
 from mst_fx.regions.projections import read_projection
 from mst_fx.regions.region import AMPLIFICATION
+from mst_fx.regions.strides import strides_matter
 from mst_fx.report import RegionReport
 
 _ELEMENTWISE = {"float", "to", "tanh", "mul", "truediv", "div", "contiguous", "bfloat16", "half"}
@@ -39,7 +40,7 @@ def normalize(graph: Graph, context: Context) -> list[RegionReport]:
         if spell_pick(node, context.fake_mode):
             continue
         found = find_token_slice(node)
-        if found is not None and not _changes(found[0]):
+        if found is not None and not _changes(found[0]) and not strides_matter(node):
             hoist_slice(graph.module.graph, node, *found)
     return []
 
@@ -51,7 +52,7 @@ def spell_pick(node: fx.Node, fake_mode: Any) -> bool:
     writer = Writer(node, fake_mode)
     new = pick_labels(writer, node.args[0], node.args[1])  # pyright: ignore
     if new is not None:
-        new.meta["mst_replaces"] = fake_tensor(node)
+        new.meta["mst_replaces"] = new.meta["example_value"] = fake_tensor(node)
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
     return new is not None
@@ -152,7 +153,7 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any
         new.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
     env[chain[-1]].meta["mst_slice_of"] = chain[-1]
     chain[-1].meta["mst_sliced"] = True
-    new.meta["mst_replaces"] = fake_tensor(node)
+    new.meta["mst_replaces"] = new.meta["example_value"] = fake_tensor(node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     for old in [pieces, *chain] if pieces is not chain[0] else chain:

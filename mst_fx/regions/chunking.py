@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
+from mst_fx.body import Body, differentiable_outputs, ignores_tokens, trace_backward, trace_forward, trace_sum
 from mst_fx.context import Context
-from mst_fx.graph import fake, fake_tensor, module_path, tensors_in
+from mst_fx.graph import fake, fake_tensor, module_path, size_hint, tensors_in
 from mst_fx.inductor import compile_body, global_settings, storage_of
 from mst_fx.ops import BODIES, CompiledBody
 from mst_fx.plan import ChunkPlan, plan_chunks
@@ -64,12 +64,6 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         wider_sums=any(sum_itemsize(s.dtype, accumulate, s.shape, s.device) > s.dtype.itemsize for s in trained),
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
-
-
-def size_hint(size: Any) -> int:
-    """Return the example value of a symbolic size, without a guard."""
-    hint = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(hint) if hint is not None else 2**14
 
 
 def planned_bytes(region: Region, lifted: Lifted | None, device: str, trains: bool) -> int:
@@ -153,8 +147,9 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
             f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
         ) from e
     BODIES[name] = CompiledBody(
-        body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate, traced
-    )
+        body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate,
+        ignores_tokens(traced), traced,
+    )  # fmt: skip
     _CODE[name] = context.bodies[name] = BodyCode(
         name, body_code(traced), body_code(backward.graph) if backward else ""
     )
@@ -247,6 +242,8 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
     hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
     trains = any(v.requires_grad for n in region.nodes for v in tensors_in(fake(n)))
     wide = hint * planned_bytes(region, lifted, "cpu" if value is None else value.device.type, trains)
+    if not wide and value is not None:  # its first product could not be followed, so no row of it is known
+        wide = size_hint(value.numel()) * value.dtype.itemsize * (2 if trains else 1)
     return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason, **_where(region))
 
 

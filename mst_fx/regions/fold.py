@@ -28,9 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mst_fx.effects import is_in_place
+from mst_fx.effects import draws, is_in_place
 from mst_fx.graph import (
-    called_name,
     fake,
     fake_tensor,
     is_autocast_switch,
@@ -46,7 +45,6 @@ from mst_fx.rowform.rows import same_size
 MOST_NODES = 40
 """A norm in the longest spelling has about ten."""
 _REDUCES = {"mean", "var", "std", "norm", "vector_norm", "sum", "amax", "var_mean", "std_mean", "normalize"}
-_DRAWS = ("rand", "bernoulli", "multinomial", "dropout")
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class _Surroundings:
             return False
         if isinstance(node.target, torch._ops.HigherOrderOperator | torch._ops.OpOverload):
             return False
-        return _is_plain(node) and read_projection(node, self.outer) is None and not _draws(node)
+        return _is_plain(node) and read_projection(node, self.outer) is None and not draws(node)
 
     def _is_shared(self, node: fx.Node) -> bool:
         return not tensors_in(fake(node)) or is_parameter_like(node, self.outer)
@@ -163,13 +161,6 @@ def _is_plain(node: fx.Node) -> bool:
 def _itemsize(node: fx.Node) -> int:
     value = fake_tensor(node)
     return 0 if value is None else value.dtype.itemsize
-
-
-def _draws(node: fx.Node) -> bool:
-    name = called_name(node)
-    if name == "dropout" and 0 in (node.kwargs.get("p"), *node.args[1:2]):
-        return False
-    return any(word in name for word in _DRAWS)
 
 
 def _is_norm(node: fx.Node) -> bool:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from mst_fx.effects import is_in_place, mutated_storages
 from mst_fx.graph import fake_tensor, grad_states, is_autocast_switch, node_name, storages
 from mst_fx.regions.indexing import Writer
+from mst_fx.regions.strides import laid_out, like_strides
 from mst_fx.rowform.rows import same_size
 
 _ELEMENTWISE = {"float", "double", "long", "to", "contiguous", "neg", "exp", "log", "tanh", "sigmoid", "clamp", "mul",
@@ -53,7 +54,10 @@ def join_rows(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> bool:
     ):
         joiner.writer.undo()
         return False
-    new.meta["mst_replaces"] = old
+    wanted = like_strides(value, old)
+    if wanted is not None:
+        new = laid_out(lambda name, *args: joiner.writer.create("call_method", name, args, {}), new, wanted, old.ndim)
+    new.meta["mst_replaces"] = new.meta["example_value"] = old
     node.replace_all_uses_with(new)
     for dead in [node, *sorted(joiner.seen, key=joiner.order.__getitem__, reverse=True)]:
         if not dead.users:

@@ -25,6 +25,7 @@ from mst_fx.graph import (
     is_layout,
     is_parameter_like,
     needs_grad,
+    node_name,
     records_gradients,
     storages,
     walking,
@@ -214,6 +215,21 @@ class Lifter:
                 self.rows[node] = row
         return self.rows.get(node)
 
+    def row_given_back(self, node: fx.Node) -> Row:
+        """Return the row form of an output; detached where no gradient comes back, so that inputs get none by it."""
+        row = self.rows[node]
+        if needs_grad(node) and all(self._stops(node, u) for u in node.users if u not in self.region.nodes):
+            return row.with_node(self.builder.emit(aten.detach.default, row.node))
+        return row
+
+    def _stops(self, node: fx.Node, reader: fx.Node) -> bool:
+        """Whether no gradient comes back by a reader: it detaches, or nobody reads what it makes."""
+        value = fake_tensor(reader)
+        if value is None or value is fake(node) or isinstance(reader.target, torch._ops.HigherOrderOperator):
+            return False
+        off = node_name(reader) == "detach" or not records_gradients(self.states.get(reader))
+        return off or (not reader.users and not is_in_place(reader))
+
     def input_for(self, live_in: LiveIn, grad_enabled: bool) -> Input:
         """Trace a live-in back to the outer graph."""
         node = self.outer.get(id(live_in.tensor))
@@ -242,7 +258,7 @@ def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
     lifter = Lifter(region, fake_mode)
     try:
         lifter.record()
-        outputs = [Output(t, lifter.rows[t], read_total(t)) for t in region.given_back()]
+        outputs = [Output(t, lifter.row_given_back(t), read_total(t)) for t in region.given_back()]
         return finish_lift(lifter, outputs)
     except MixesTokensError as e:
         return Mismatch(f"not supported: {e}", region.source)
@@ -296,6 +312,8 @@ def stops_gradient(node: fx.Node, value: Any, states: Mapping[fx.Node, Any]) -> 
     """
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return False
+    if any(value is fake(n) for n in node.all_input_nodes):
+        return False  # a cast to the dtype it has gives back the very value, with its gradient
     off = not value.requires_grad or not records_gradients(states.get(node))
     return off and any(needs_grad(n) for n in node.all_input_nodes)
 

@@ -159,7 +159,8 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     outer = b.row(labels) or b.chunked(labels, kinds)
     if any(k != e for k, e, s in zip(outer.kinds, kinds, labels.shape, strict=True) if not is_one(s)):
         raise MixesTokensError("takes a loss against labels whose tokens lie along another dimension")
-    b.bind(row_labels, Row((True, False) if call.soft else (True,), outer.node))
+    own = b.reshaped(outer, labels.shape, [classes] if call.soft else [])
+    b.bind(row_labels, Row((True, False) if call.soft else (True,), own))
     weight = None if call.weight is None else call.weight.meta["example_value"]
     options: dict[str, Any] = {"weight": weight, "ignore_index": call.ignore_index, "reduction": "none"}
     if call.function is F.cross_entropy:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
 from mst_fx.effects import written_values
-from mst_fx.graph import autocast_now, fake, fake_tensor, source_of, walking
+from mst_fx.graph import autocast_now, fake, fake_tensor, source_of, storages, walking
 from mst_fx.inductor import is_plain_fake, storage_of
 from mst_fx.promise import Promise, find_promise, tokenwise_call
 from mst_fx.regions.lift import Input, Lifted, Lifter, Output
@@ -133,6 +133,10 @@ def _lift(region: Region, fake_mode: Any, autocast: Autocast) -> Lifted:
             found[node] = _input(lifter, node, lead, grad)
     for node in dict.fromkeys(state.values()):  # pyright: ignore
         found.setdefault(node, _shared(lifter, node, grad))  # pyright: ignore
+    given = set().union(*map(storages, found))
+    for i, output in enumerate(outputs):
+        if storages(output.node) & given:
+            raise MixesTokensError(f"output {i} is one of its inputs, or a view of one")
     ordered = sorted(found, key=lambda n: found[n][1] == 0)
     places = {n: Place(i, found[n][1]) for i, n in enumerate(ordered)}
     function = ModuleRows(

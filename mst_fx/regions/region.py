@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, node_name, source_of, walking
+from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, node_name, source_of, storages, walking
 from mst_fx.inductor import is_plain_fake
 from mst_fx.regions.fold import Fold
 from mst_fx.regions.losses import per_token, read_total
@@ -174,13 +174,11 @@ class Walk:
                 region.nodes.append(node)
                 region.terminals.append(node)
                 return
-            result = run_node(self.builder, node, self.fake_mode)
+            self._settle(region, node, run_node(self.builder, node, self.fake_mode))
         except MixesTokensError as e:
             region.problems.append(self._leaves(inputs[0], node, str(e)))
         except Exception as e:  # a node that can't be run alone on fakes is a node we do not know
             region.problems.append(self._leaves(inputs[0], node, f"could not be analysed ({type(e).__name__}: {e})"))
-        else:
-            self._settle(region, node, result)
 
     def _continue_narrow(self, region: Region, node: fx.Node) -> None:
         try:
@@ -195,14 +193,30 @@ class Walk:
         for node in sorted(region.nodes, key=self.order.__getitem__, reverse=True):
             if node not in needed and any(u in needed for u in node.users):
                 needed.add(node)
+        members = set(region.nodes)
         for node in region.nodes:
-            if node in needed or not any(i in needed and i not in region.terminals for i in node.all_input_nodes):
+            if node in needed:
+                if self._is_given_back(node, members, needed):
+                    region.terminals.append(node)
+                continue
+            if not any(i in needed and i not in region.terminals for i in node.all_input_nodes):
                 continue
             picks = [u for u in node.users if u.target is operator.getitem and u in region.nodes]
             several = isinstance(fake(node), (list, tuple))
             region.terminals += [u for u in picks if u not in region.terminals] if several else [node]
             needed |= {node, *picks} if several else {node}
         region.nodes = [n for n in region.nodes if n in needed]
+
+    def _is_given_back(self, node: fx.Node, members: set[fx.Node], needed: set[fx.Node]) -> bool:
+        """Whether a narrow value that a wide one needs is read outside too, by more than what is given back for it.
+
+        Computed there a second time it would be other memory, and dropout in front of it another mask.
+        """
+        if node not in self.narrow or isinstance(fake(node), (list, tuple)):
+            return False
+        readers = [u for u in node.users if u not in needed]
+        follows = len(readers) == 1 or not any(storages(u) & storages(node) for u in readers)
+        return bool(readers) and not (follows and members.issuperset(readers))
 
     def _amplifies(self, node: fx.Node, projection: Projection) -> bool:
         """Whether a projection widens what it is given, and that is no weight itself (a low-rank update of one)."""
@@ -249,7 +263,8 @@ class Walk:
         single = projection.kinds.count(False) == len(projection.contracted)
         given = single and layout_root(weight).op in ("placeholder", "get_attr")
         if not given and not is_parameter_like(weight, self.outer):
-            return "multiplies two values of the tokens with each other (attention)"
+            both = "multiplies two values of the tokens with each other"
+            return both if len(projection.kinds) < 3 else f"{both} (attention)"  # a contrastive loss has no batches
         return None
 
     def _joined(self, inputs: list[fx.Node]) -> Region:

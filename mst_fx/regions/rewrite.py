@@ -17,11 +17,21 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mst_fx import ops
-from mst_fx.effects import is_in_place, mutated_storages
-from mst_fx.graph import fake, fake_tensor, grad_states, is_autocast_switch, needs_grad, storages
+from mst_fx.effects import draws, is_in_place, mutated_storages
+from mst_fx.graph import (
+    fake,
+    fake_tensor,
+    grad_states,
+    is_autocast_switch,
+    needs_grad,
+    records_gradients,
+    storages,
+    stride_order,
+)
 from mst_fx.regions.lift import Input, Lifted, Output
 from mst_fx.regions.losses import LossCall, count, none_counts, read_by_count, sum_dtype
 from mst_fx.regions.region import Region, module_stack, region_key
+from mst_fx.regions.strides import laid_out, strides_matter
 from mst_fx.report import Mismatch
 from mst_fx.rowform.rows import same_size
 
@@ -35,6 +45,9 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     be recorded at that place if the region trains.
     """
     region, sources = lifted.region, _sources(lifted)
+    problem = _loses_identity(lifted) or _loses_strides(lifted)
+    if problem:
+        return Mismatch(problem, region.source)
     reader = _first_reader(lifted)
     late = _move_up_late(lifted, sources, reader)
     if late is not None:
@@ -50,6 +63,36 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
 
 def _order(lifted: Lifted) -> dict[fx.Node, int]:
     return {n: i for i, n in enumerate(lifted.region.module.graph.nodes)}
+
+
+def _loses_identity(lifted: Lifted) -> str | None:
+    """Say which values would be two where they were one: memory that is shared, a draw that is made again outside."""
+    members, outputs = set(lifted.region.nodes), [o.node for o in lifted.outputs]
+    gone = members.union(lifted.dead)
+    staying = [n for n in members.difference(outputs) if any(u not in gone for u in n.users)]
+    shown: dict[int, fx.Node] = {}
+    for node in [*outputs, *staying]:
+        for storage in storages(node):
+            if shown.setdefault(storage, node) is not node and not (shown[storage] in staying and node in staying):
+                return f"`{shown[storage].name}` and `{node.name}` share memory, and both are read outside"
+    again = set(staying)
+    while staying:
+        node = staying.pop()
+        if draws(node):
+            return f"`{node.name}` draws random numbers for a value that is read outside too"
+        new = [n for n in node.all_input_nodes if n in members and n not in again]
+        again.update(new)
+        staying += new
+    return None
+
+
+def _loses_strides(lifted: Lifted) -> str | None:
+    """Say which value has other strides than the dense one that would be given back, where that can be told."""
+    for node in (o.node for o in lifted.outputs if not o.reduced):
+        value = fake_tensor(node)
+        if value is not None and stride_order(value) is None and strides_matter(node):
+            return f"`{node.name}` shows a part of other memory, and what is laid out as it is changes in place"
+    return None
 
 
 def _first_reader(lifted: Lifted) -> fx.Node:
@@ -76,7 +119,7 @@ def _behind_outputs(lifted: Lifted, sources: set[fx.Node], reader: fx.Node) -> f
 def _where_gradients_are_recorded(lifted: Lifted, sources: set[fx.Node], place: fx.Node) -> fx.Node | None:
     """Go back from ``place``, which may be in a no_grad block, to where the region's gradients were recorded."""
     states = grad_states(lifted.region.module)
-    training = [n for n in lifted.region.nodes if (v := fake_tensor(n)) is not None and v.requires_grad]
+    training = [n for n in lifted.region.nodes if needs_grad(n) and records_gradients(states[n])]
     while lifted.trains and (not training or states[place.prev] != states[training[-1]]):
         place = place.prev
         if place in sources or place.op in ("placeholder", "root"):
@@ -119,7 +162,7 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
         if order[node] < order[place] or node in moved:
             continue
         values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
-        if not values or any(v.requires_grad for v in values) or is_in_place(node) or _draws(node):
+        if not values or any(v.requires_grad for v in values) or is_in_place(node) or draws(node):
             return False
         if any(v.is_floating_point() for v in values) and (
             switched or any(needs_grad(n) for n in node.all_input_nodes)
@@ -134,10 +177,6 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
     for node in sorted(moved, key=order.__getitem__):
         place.prepend(node)
     return True
-
-
-def _draws(node: fx.Node) -> bool:
-    return any(word in str(node.target) for word in ("rand", "bernoulli", "multinomial"))
 
 
 def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: int) -> None:
@@ -273,8 +312,9 @@ def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     order = tokens + [d for d, k in enumerate(kinds) if not k]
     if order != sorted(order):
         value = graph.call_method("permute", (value, *(order.index(d) for d in range(len(order)))))
-        if old.is_contiguous():  # a reader may view it, or what is computed of it, as what was
-            value = graph.call_method("contiguous", (value,))
+    wanted = stride_order(old)
+    if wanted is not None and [d for d in order if d in wanted] != wanted:
+        value = laid_out(lambda name, *args: graph.call_method(name, args), value, wanted, len(order))
     return value
 
 

@@ -236,7 +236,7 @@ class RowBuilder:
         matches = [out for _, out, size in spans if out in tokens and not is_one(size)]
         if not matches:
             if any(kinds[out] for _, out, _ in spans):
-                return self.shared(tensor, own)
+                return self.shared(tensor, own or [1])  # a tensor without dimensions counts less in type promotion
             return self.shared(tensor)
         if isinstance(value, Shared):
             raise MixesTokensError("makes a value that depends on the position of the token")

@@ -136,6 +136,9 @@ def _index(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
         index = args[2] if args[1] % x.ndim == 0 else None
     else:
         index = args[1]
+        given = _bound(func, args, kwargs)
+        if given["padding_idx"] >= 0 or given["scale_grad_by_freq"] or given["sparse"]:
+            raise MixesTokensError("looks rows up that get no gradient, or one that depends on how often they are read")
     at, form = b.form(index), b.form(x)
     if not isinstance(at, Special | SlotRow):
         return None

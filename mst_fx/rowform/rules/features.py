@@ -63,9 +63,10 @@ def _along(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any
     node = b.emit(
         func, x.node, *positional, **{a.name: given[a.name] for a in rest if a.kwarg_only and a.name in given}
     )
+    kinds = x.kinds if outs[0].ndim == args[0].ndim else without(x.kinds, dim)
     if len(outs) == 1:
-        return [Row(x.kinds, node)]
-    return [Row(x.kinds, b.emit(operator.getitem, node, i)) for i in range(len(outs))]
+        return [Row(kinds, node)]
+    return [Row(kinds, b.emit(operator.getitem, node, i)) for i in range(len(outs))]
 
 
 @rule(aten.native_layer_norm, aten._fused_rms_norm)

@@ -129,11 +129,14 @@ def _split(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any
 
 @rule(aten.cat)
 def _cat(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -> list[Row]:
-    tensors = args[0]
+    # Whatever it is joined to, a tensor of shape [0] adds nothing,
+    tensors = [t for t in args[0] if t.ndim == outs[0].ndim or list(t.shape) != [0]]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % outs[0].ndim
     kinds, nodes = _lined_up(b, tensors)
-    at = Row(kinds, nodes[0]).feature_dim(dim)
-    return [Row(kinds, b.emit(aten.cat.default, nodes, at))]
+    node = b.emit(aten.cat.default, nodes, Row(kinds, nodes[0]).feature_dim(dim))
+    if len(tensors) < len(args[0]) and any(t.dtype != outs[0].dtype for t in tensors):  # but to the dtype
+        node = b.emit(aten._to_copy.default, node, dtype=outs[0].dtype)
+    return [Row(kinds, node)]
 
 
 @rule(aten.stack)

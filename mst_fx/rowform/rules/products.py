@@ -50,7 +50,7 @@ def _bmm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) 
     left, right = args
     x, y = b.row(left), b.row(right)
     if (x is None) == (y is None):
-        raise MixesTokensError("multiplies two values of the tokens with each other")
+        raise MixesTokensError("multiplies two values of the tokens with each other (attention)")
     if x is not None:
         return [_batched_product(b, x, left.shape, right, b.shared(right))]
     assert y is not None
