@@ -1,10 +1,10 @@
-"""The figures of the README: each a ratio of two systems, with the most that is asked of it.
+"""The figures of benchmarks/README.md: each a ratio of two systems, with the most that is asked of it.
 
     python -m benchmarks.figures                # measure everything, save the rows, print the table
     python -m benchmarks.figures llama head-    # one by its name, else all whose names begin so
     python -m benchmarks.figures --list
     python -m benchmarks.figures --table        # measure nothing: the table of saved rows
-    python -m benchmarks.figures --readme       # the same, into README.md
+    python -m benchmarks.figures --readme       # the same, into benchmarks/README.md
     python -m benchmarks.figures --plots        # the picture of peak and time over length, from saved rows
 
 Times are step times by turns in one process; ratios are medians over rounds. On a machine that others use give
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,17 @@ FIGURES = [
 ]  # fmt: skip
 
 
+SUMMARY = {
+    ("llama", "peak", PLAIN), ("llama", "time", PLAIN),
+    ("llama, checkpointing", "peak", "the same"), ("llama, checkpointing", "time", "the same"),
+    ("llama, checkpointing, 2K to 16K", "slope of the peak", PLAIN), ("llama, S 512", "time", PLAIN),
+    ("head bf16", "time", PLAIN), ("head bf16", "peak", PLAIN), ("head bf16", "error of gradients", PLAIN),
+    ("mlp bf16", "time", PLAIN), ("mlp bf16", "peak", PLAIN), ("mlp bf16", "error of gradients", PLAIN),
+    ("llama, 8 layers", "first step, cold", PLAIN), ("llama, 8 layers", "first step, warm", PLAIN),
+}  # fmt: skip
+"""The rows that the README shows."""
+
+
 def lines() -> list[tuple[str, str, str, str, str]]:
     """Return the table: work, what, against, ratio, the most that is asked."""
     found = []
@@ -148,9 +159,14 @@ def _asked(figure: Figure) -> str:
 
 
 def write_readme() -> None:
-    """Put the table between the README's markers."""
-    table = ["| work | what | against | ratio | asked |", "| --- | --- | --- | --- | --- |"]
-    replace_table("figures", [*table, *(f"| {' | '.join(line)} |" for line in lines())])
+    """Put the table between its markers, and the rows of most interest without what was asked into the README."""
+    found = lines()
+    _write("figures", ("work", "what", "against", "ratio", "asked"), found)
+    _write("figures-summary", ("work", "what", "against", "ratio"), [x[:4] for x in found if x[:3] in SUMMARY])
+
+
+def _write(name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    replace_table(name, [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)])
 
 
 def draw_lengths(path: Path) -> list[int]:
@@ -206,9 +222,10 @@ def _peak(rows: list[Rows]) -> float:
 
 
 def replace_table(name: str, table: list[str]) -> None:
-    """Put a table between the markers that the README has for it."""
-    readme = Path(__file__).parent.parent / "README.md"
+    """Put a table between its markers, which are in the README or in that of this folder."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    here = Path(__file__).parent
+    readme = next(p for p in (here.parent / "README.md", here / "README.md") if start in p.read_text())
     before, rest = readme.read_text().split(start)
     readme.write_text(f"{before}{start}\n" + "\n".join(table) + f"\n{end}{rest.split(end)[1]}")
 

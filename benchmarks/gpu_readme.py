@@ -1,4 +1,4 @@
-"""Writes the README's table of what was measured on a GPU from the rows that ``benchmarks.gpu`` saved.
+"""Writes the table of benchmarks/README.md of what was measured on a GPU from the rows that ``benchmarks.gpu`` saved.
 
 python -m benchmarks.gpu_readme
 """

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan                 # measure every case, save the rows, print the table
     python -m benchmarks.plan mlp             # cases whose names begin so
-    python -m benchmarks.plan --readme        # measure nothing: the table of saved rows, into README.md
+    python -m benchmarks.plan --readme        # measure nothing: the table of saved rows, into benchmarks/README.md
 
 The size chosen is asked of these sources whenever the table is made. A case is a process of its own with one thread.
 In every round each chunk size and plain Inductor run one step; times are processor time, ratios are medians over
