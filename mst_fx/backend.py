@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mst_fx import buckets, inductor, kernels
-from mst_fx.config import Config, OptionError
+from mst_fx.config import Config, OptionError, did_you_mean
 from mst_fx.layers import share_layers, tracing_of_calls
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
 from mst_fx.ops import BODIES
@@ -49,6 +49,7 @@ def mst(
     """
     check_torch()
     config = Config.parse(options, inductor.mode_options(mode))
+    check_inductor_options(config)
     join_graphs()  # again: Transformers may have been imported after this module
     compiled, report = compile_chunked(gm, example_inputs, config)
     _reports.append(report)
@@ -130,6 +131,21 @@ def check_torch() -> None:
     if inductor.torch_version() < oldest:
         wanted = ".".join(map(str, oldest))
         raise OptionError(f"backend 'mst' needs torch {wanted} or newer, this is {torch.__version__}")
+
+
+def check_inductor_options(config: Config) -> None:
+    """Refuse an option that Inductor does not have, before a region's body fails by it.
+
+    Raises:
+        OptionError: If there is one.
+    """
+    known = inductor.option_names() if config.inductor else ()
+    for name, _ in config.inductor:
+        if name.replace("-", "_") not in known:
+            ours = [f"mst.{f.name}" for f in dataclasses.fields(config) if f.name != "inductor"]
+            raise OptionError(
+                f"unknown option {name!r}: neither of mst nor of Inductor.{did_you_mean(name, [*ours, *known])}"
+            )
 
 
 def reports() -> list[Report]:

@@ -29,6 +29,9 @@ def _answer(command: str, run: Callable[[], int]) -> int:
         return _tell(f"mst-fx {command}: {e}", 2)
     except NothingChunkedError as e:
         return _tell(f"mst-fx {command}: {str(e).partition(_ADVICE_OF_DYNAMO)[0]}", 1)
+    except KeyboardInterrupt:
+        more = "; the same command goes on from the last whole checkpoint" if command == "finetune" else ""
+        return _tell(f"\nmst-fx {command}: interrupted{more}", 130)
     except VerifyError as e:
         return _tell(f"mst-fx {command}: a pass broke the graph, which is a bug of mst_fx; please report it: {e}", 1)
 

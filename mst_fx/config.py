@@ -66,7 +66,7 @@ class Config:
             mode_options: Inductor options that ``torch.compile(mode=...)`` stands for.
 
         Raises:
-            OptionError: (a ``ValueError``) on an unknown ``mst.`` key or a bad value.
+            OptionError: (a ``ValueError``) on an unknown ``mst.`` key, one without its ``mst.``, or a bad value.
         """
         ours: dict[str, Any] = {}
         theirs: dict[str, Any] = dict(mode_options or {})
@@ -74,6 +74,8 @@ class Config:
             if not isinstance(key, str):
                 raise OptionError(f"option names are strings, got {key!r}")
             if not key.startswith("mst."):
+                if key in _CHECKS:
+                    raise OptionError(f"unknown option {key!r}. Did you mean 'mst.{key}'?")
                 theirs[key] = value
                 continue
             name = key.removeprefix("mst.")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.backend import join_graphs
+from mst_fx.backend import check_inductor_options, join_graphs
 from mst_fx.config import Config
 from mst_fx.inductor import fake_mode_of
-from mst_fx.pipeline import run_passes
+from mst_fx.pipeline import left_to_eager, run_passes
 from mst_fx.report import Report, join_reports
 
 
@@ -31,6 +31,7 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) ->
         OptionError: (a ``ValueError``) on an unknown ``mst.`` option or a bad value.
     """
     config = Config.parse({**(options or {}), "mst.compiler": "aot_eager"})
+    check_inductor_options(config)
 
     def inner(*args: Any, **kwargs: Any) -> Report:
         found: list[Report] = []
@@ -53,7 +54,7 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) ->
                 torch.compile(fn, backend=record)(*args, **kwargs)
         finally:
             torch._dynamo.reset()
-        return join_reports(found)
+        return join_reports(found) if found else Report(notes=tuple(left_to_eager()))
 
     return inner
 

@@ -66,7 +66,7 @@ def run_passes(
     started = time.perf_counter()
     context = Context(config, fake_mode_of([fake(n) for n in module.graph.nodes]))
     rewritten = copy_graph(module)
-    notes, breaks = _notes(module), _new_breaks()
+    notes, left = _notes(module), left_to_eager()
     if context.fake_mode is None:
         notes.append("the graph carries no shapes")
     else:
@@ -77,10 +77,10 @@ def run_passes(
                 _run_on(graph, context)
     notes += context.notes
     broken = graph_break(module)
-    if broken is not None and any(r.kind == "loss" and r.status == "skipped" for r in context.reports):
-        notes.append(f"a graph break ends the graph of these logits at {broken[0]}: {broken[1]}")
+    if broken is not None:
+        context.reports = [_cut_short(r, *broken) for r in context.reports]
     chunked = any(r.status == "chunked" for r in context.reports)
-    notes += [] if chunked else [_LEFT.format(reason) for reason in breaks]
+    notes += [] if chunked else left
     changed = chunked or context.masks > 0
     if context.masks:
         several = "s" if context.masks > 1 else ""
@@ -103,6 +103,16 @@ def run_passes(
     if config.strict and not chunked and trains_loss(module):
         raise NothingChunkedError(f"mst.strict: nothing was chunked in a graph that trains a loss.\n{report}")
     return (rewritten if changed else module), report, context.logits
+
+
+def _cut_short(region: RegionReport, where: str, why: str) -> RegionReport:
+    """Return the report of logits that are left alone with the graph break behind them as a reason."""
+    if region.kind != "loss" or region.status == "chunked":
+        return region
+    reason = region.reason.partition("; if you train on them")[0]
+    return dataclasses.replace(
+        region, reason=f"{reason}; a graph break ends the graph of these logits at {where}: {why}"
+    )
 
 
 def _run_on(graph: Graph, context: Context) -> None:
@@ -230,13 +240,13 @@ _LEFT = (
 _breaks_told: dict[str, int] = {}
 
 
-def _new_breaks() -> list[str]:
-    """Return why Dynamo broke graphs since this was last asked: a function it gives up has no graph to be noted on."""
+def left_to_eager() -> list[str]:
+    """Say what Dynamo gave up since this was last asked: a function without a graph has none to be noted on."""
     found = breaks_so_far()
     new = [reason for reason, times in found.items() if times > _breaks_told.get(reason, 0)]
     _breaks_told.clear()
     _breaks_told.update(found)
-    return [(reason.splitlines() or [""])[0] for reason in new]
+    return list(dict.fromkeys(_LEFT.format((reason.splitlines() or [""])[0]) for reason in new))
 
 
 def _unread_graph(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:

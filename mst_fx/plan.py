@@ -95,7 +95,11 @@ def plan_chunks(
     room = min(MOST_KEPT * before, before - MIN_SAVED_BYTES) - accumulator_bytes
     if room < least * wide_bytes:
         after = accumulator_bytes + least * wide_bytes
-        return f"not worthwhile: {format_bytes(before)} of wide values would become {format_bytes(after)}"
+        least_saved = max(before - int(MOST_KEPT * before), MIN_SAVED_BYTES)
+        return (
+            f"not worthwhile: {format_bytes(before)} of wide values would become {format_bytes(after)}, "
+            f"which saves less than {format_bytes(least_saved)}"
+        )
     anyway = (accumulator_bytes + tokens * narrow_bytes) / max(wide_bytes, 1)
     target = 2 ** round(math.log2(max(anyway, 1)))
     most = min(tokens // 2, most_tokens(kind, device), int(room // max(wide_bytes, 1)))

@@ -55,7 +55,7 @@ class RegionReport:
     @property
     def is_attention(self) -> bool:
         """Whether it is no MLP but projections into attention, which never are chunked."""
-        found = re.search(r"is attention: it mixes tokens|of the tokens with each other", self.reason)
+        found = re.search(r"is attention: it mixes tokens|\(attention\)", self.reason)
         return self.status == "skipped" and found is not None
 
 
@@ -169,7 +169,7 @@ def join_reports(reports: list[Report]) -> Report:
             for rep, offset in zip(reports, offsets, strict=True)
             for r in rep.regions
         ),
-        notes=tuple(n for rep in reports for n in rep.notes),
+        notes=tuple(dict.fromkeys(n for rep in reports for n in rep.notes)),
         bodies=tuple({b.name: b for rep in reports for b in rep.bodies}.values()),
         graphs=tuple(g for rep in reports for g in rep.graphs),
     )

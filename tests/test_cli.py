@@ -206,3 +206,12 @@ def test_check_that_cannot_be(capsys) -> None:
     assert "draws random numbers" in capsys.readouterr().err
     assert cli.main(["diff", *ENTRY, "--tolerance", "1"]) == 2
     assert "go with --check" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(show, "run_explain", interrupt)
+    assert cli.main(["explain", "--hf", "llama"]) == 130
+    assert capsys.readouterr().err.strip() == "mst-fx explain: interrupted"

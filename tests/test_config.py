@@ -10,6 +10,8 @@ from tests.models import LanguageModel, SwiGLU, token_inputs
     ("options", "words"),
     [
         ({"mst.chunk_token": 8}, ["mst.chunk_token", "Did you mean 'mst.chunk_tokens'", "mst.strict"]),
+        ({"chunk_tokens": 8}, ["'chunk_tokens'", "Did you mean 'mst.chunk_tokens'"]),
+        ({"max_autotun": True}, ["'max_autotun'", "neither of mst nor of Inductor", "'max_autotune'"]),
         ({"mst.chunk_tokens": 0}, ["mst.chunk_tokens=0", "at least 1"]),
         ({"mst.chunk_tokens": -3}, ["mst.chunk_tokens=-3"]),
         ({"mst.chunk_tokens": True}, ["mst.chunk_tokens=True"]),
@@ -37,10 +39,12 @@ def test_other_keys_and_mode_go_to_inductor() -> None:
     assert config.inductor == (("coordinate_descent_tuning", True), ("max_autotune", True))
 
 
-def test_unknown_inductor_option_is_inductors_error() -> None:
-    model = torch.compile(LanguageModel(SwiGLU()), backend="mst", options={"no_such_option": 1})
-    with pytest.raises(Exception, match="no_such_option"):
-        model(**token_inputs())
+def test_explain_refuses_what_compiling_would() -> None:
+    import mst_fx
+
+    for name in ("chunk_tokens", "max_autotun"):
+        with pytest.raises(OptionError, match=f"unknown option '{name}'"):
+            mst_fx.explain(SwiGLU(), {name: 1})
 
 
 def test_disable_by_name() -> None:

@@ -181,6 +181,15 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
     assert _checkpoint(args) == str(tmp_path / "checkpoint-10")
 
 
+def test_a_finished_training_is_not_gone_on_with(models, tmp_path, text, capfd):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2, "epoch": 1.0}')
+    assert main(command(models("llama"), tmp_path, text)) == 0
+    assert "is the end of this training: nothing to do" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+
+
 # -- launchers ---------------------------------------------------------------------------------------
 
 
@@ -364,6 +373,10 @@ def mistakes(models, tmp_path):
         "there is no checkpoint": ["--resume_from_checkpoint", str(tmp_path / "absent")],
         "--fsdp needs several processes": ["--fsdp", "full_shard"],
         "expected one argument": ["--learning_rate"],
+        "need --low_rank_training True": ["--lora_alpha", "32"],
+        "the rank of adapters is at least 1": ["--low_rank_training", "True", "--lora_r", "0"],
+        "between 0 and 1": ["--validation_share", "2"],
+        "can't be written to": ["--output_dir", str(short / "out")],
     }
 
 

@@ -9,6 +9,7 @@ import mst_fx
 from mst_fx.config import OptionError
 from mst_fx.recipe import has_checkpointing
 from tests.harness import EAGER, chunked, error, step
+from tests.models import SwiGLU
 
 OPTIONS = {**EAGER, "mst.chunk_tokens": 8}
 
@@ -47,11 +48,17 @@ def test_one_line_of_the_reference(tmp_path):
     assert list(again.state_dict()) == keys
 
 
-def test_checkpointing_can_be_left_off_and_options_pass_through():
-    model = mst_fx.minisequence(tiny(), checkpointing=False, options={"mst.no_such": 1})
-    assert not is_checkpointing(model)
+def test_checkpointing_can_be_left_off():
+    assert not is_checkpointing(mst_fx.minisequence(tiny(), checkpointing=False, options=OPTIONS))
+
+
+def test_mistakes_are_told_before_the_first_call():
     with pytest.raises(OptionError, match=r"mst\.no_such"):
-        model(input_ids=torch.ones(1, 8, dtype=torch.long))
+        mst_fx.minisequence(tiny(), options={"mst.no_such": 1})
+    with pytest.raises(TypeError, match="got function"):
+        mst_fx.minisequence(lambda x: x)  # pyright: ignore
+    with pytest.raises(ValueError, match="no gradient checkpointing to turn on"):
+        mst_fx.minisequence(SwiGLU(), checkpointing=True)
 
 
 def test_modules_without_checkpointing():

@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
+from mst_fx.regions import chunking
 from tests.harness import EAGER, reasons
 from tests.models import LanguageModel, SwiGLU, V, hf, hf_inputs, token_inputs
 
@@ -37,7 +39,9 @@ def test_explain_of_a_model_that_is_compiled_already() -> None:
     assert mst_fx.reports() == []
     model(**inputs)
     assert len(mst_fx.reports()) == 1
-    assert "Dynamo traced no graph" in str(mst_fx.explain(lambda x: x.tolist())(torch.ones(2)))
+    empty = str(mst_fx.explain(lambda x: x.tolist())(torch.ones(2)))
+    assert "Dynamo traced no graph" in empty
+    assert "Dynamo left code to eager" in empty
 
 
 def test_the_source_of_a_region_is_the_users_under_a_default_device() -> None:
@@ -97,7 +101,26 @@ def test_graph_break_between_head_and_loss_is_named() -> None:
     assert where[0].endswith("test_report.py")
     assert int(where[1]) == first + 2
     assert "graph_break" in where[2]
+    assert "spell that line so that Dynamo can trace it" in str(report)
+    assert "pass labels to the model" not in str(report)
     assert "Compile one function that holds both" in str(report)
+
+
+def test_a_product_of_two_inputs_is_no_attention() -> None:
+    class Contrastive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            logits = F.normalize(self.a(x), dim=-1) @ F.normalize(self.b(y), dim=-1).t()
+            return F.cross_entropy(logits, torch.arange(64))
+
+    report = mst_fx.explain(Contrastive(), OPTIONS)(torch.randn(64, 8), torch.randn(64, 8))
+    (region,) = report.regions
+    assert not region.is_attention
+    assert "multiplies two values of the tokens with each other" in region.reason
+    assert region.bytes_before >= 64 * 64 * 4
 
 
 def test_advice_on_logits_that_are_kept() -> None:
@@ -131,17 +154,24 @@ def test_wide_activation_that_is_returned_is_named() -> None:
     assert "is returned" in reasons(report)
 
 
-def test_body_that_does_not_compile_is_left_as_it_was(monkeypatch) -> None:
-    import pytest
+class PerToken(LanguageModel):
+    """The whole sum is attempted, with the norm in front of the head and then without."""
 
-    import mst_fx.regions.chunking
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.norm(self.embed(ids))).flatten(0, 1)
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        return (loss.view(labels.shape).sum(1) * 2).mean()
 
+
+@pytest.mark.parametrize("kind", [LanguageModel, PerToken])
+def test_body_that_does_not_compile_is_left_as_it_was(monkeypatch, kind: type[LanguageModel]) -> None:
     def fail(*_):
         raise RuntimeError("no compiler today")
 
-    monkeypatch.setattr(mst_fx.regions.chunking, "compile_body", fail)
-    monkeypatch.setattr(mst_fx.regions.chunking, "BODIES", {})
-    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    monkeypatch.setattr(chunking, "compile_body", fail)
+    monkeypatch.setattr(chunking, "BODIES", {})
+    monkeypatch.setattr(chunking, "_warned", set())
+    model, inputs = kind(SwiGLU()), token_inputs()
     expected = model(**inputs)
     with pytest.warns(UserWarning, match="leaves the region at .* as it was: .*no compiler today"):
         loss = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)

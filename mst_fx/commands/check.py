@@ -254,7 +254,8 @@ class _Call:
             if backend is None and not all(map(torch.equal, state, _random_states())):
                 raise IncomparableError(
                     "the model draws random numbers (dropout?): plain and rewritten draw them in another order, so "
-                    "their runs are not comparable. Switch them off, e.g. --set attention_dropout=0, or model.eval()"
+                    "their runs are not comparable. Make it without them: dropout with p=0 (with --hf: "
+                    "--set attention_dropout=0), or eval mode"
                 )
             _backward(outputs)
             values = {n: v.detach().clone() for n, v in outputs.items()}

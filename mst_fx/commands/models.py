@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import mst_fx
 from mst_fx.config import Config, did_you_mean
 from mst_fx.inductor import fake_tensors, option_names
 from mst_fx.recipe import enable_checkpointing
@@ -182,7 +183,7 @@ def _describe(value: Any) -> str:
 
 def short_traceback(error: BaseException) -> str:
     """Return an error with the frames of the user's own files; all others but the last are left out."""
-    own = str(pathlib.Path(__file__).parent) + os.sep
+    own = str(pathlib.Path(mst_fx.__file__).parent) + os.sep
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<frozen"))]
     users = [f for f in frames if not any(part in f.filename for part in ("-packages" + os.sep, "importlib" + os.sep))]
     lines = traceback.format_list(users or frames[-1:])
@@ -203,6 +204,8 @@ def _from_hf(spec: ModelSpec) -> Subject:
     dtype = DTYPES[spec.dtype] if spec.dtype else None
     weights = folder.is_dir() and any(p for end in ("*.safetensors", "*.bin") for p in folder.glob(end))
     auto = transformers.AutoModelForCausalLM
+    if type(config) not in auto._model_mapping and not hasattr(config, "auto_map"):
+        raise UsageError(f"--hf {spec.hf}: Transformers has no causal LM of this type; name your model by --entry")
     try:
         with torch.device(spec.device or "cpu"):
             if weights and not spec.fake:

@@ -192,11 +192,13 @@ def _figure(data: _Data, number: int, before: Any, after: Any, tokens: int) -> d
             ("largest value", before.largest_bytes, after.largest_bytes, after.largest),
         )
     ]
+    saved = saved_rows(after, tokens)
     return {
         "svg": Markup(svg),
         "why_none": why_none,
         "figures": figures,
-        "saved": saved_rows(after, tokens)[:MOST_SAVED],
+        "saved": saved[:MOST_SAVED],
+        "more_saved": len(saved) - MOST_SAVED,
         "data": {"box": BOX, "before": _encode(data, series[0]), "after": _encode(data, series[1])},
     }
 

@@ -30,7 +30,7 @@ def explain_text(report: Report) -> str:
     lines = [headline(report)]
     groups = list(folded_regions(report.regions))
     if not report.num_graphs:
-        lines.append("  Dynamo traced no graph; TORCH_LOGS=graph_breaks says why")
+        lines.append("  Dynamo traced no graph, so there is nothing to compile, with any backend")
     elif all(g[0].is_attention for g in groups):
         lines.append("  no wide token-wise region found; compiled as plain Inductor would")
     if groups:
@@ -71,7 +71,16 @@ def advise(reason: str) -> str:
 
 
 ADVICE = (
+    (
+        r"a graph break ends",
+        "spell that line so that Dynamo can trace it (tokens left out of a loss by ignore_index=-100 or a weight of 0, "
+        "not by logits[mask]; no .item() or print between head and loss); TORCH_LOGS=graph_breaks says more",
+    ),
     (r"^too small|^not worthwhile", "small regions are left alone by mst.chunk_tokens='auto'; an int chunks them too"),
+    (
+        r"works over all tokens",
+        "take what is said of all tokens from what is said of each: x.amax(-1).max(), not x.max()",
+    ),
     (r"compute the loss inside", "pass labels to the model, or compile a function that returns the loss"),
     (
         r"returned logits are kept",
@@ -223,7 +232,8 @@ def folded_regions(regions: Iterable[RegionReport]) -> Iterable[list[RegionRepor
     groups: dict[object, list[RegionReport]] = {}
     for r in sorted(regions, key=lambda r: r.is_attention):
         reason = re.sub(r"`(\w+?)(_\d+)?`", r"`\1`", r.reason)
-        key = (r.kind, r.source, str(r.tokens), r.chunk_tokens, r.bytes_before, r.bytes_after, r.status, reason)
+        sizes = format_bytes(r.bytes_before), format_bytes(r.bytes_after)
+        key = (r.kind, r.source, str(r.tokens), r.chunk_tokens, *sizes, r.status, reason)
         groups.setdefault("attention" if r.is_attention else key, []).append(r)
     return groups.values()
 

@@ -96,6 +96,13 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, TrainingArguments]:
     if rest:
         flag = next((a for a in rest if a.startswith("-")), rest[0])
         raise UsageError(f"unknown argument {flag!r}.{did_you_mean(_name(flag), known)}")
+    adapters = [a for a in argv if _name(a).startswith("lora_")]
+    if adapters and not model.low_rank_training:
+        raise UsageError(f"--{_name(adapters[0])} is for adapters, which need --low_rank_training True")
+    if model.lora_r < 1:
+        raise UsageError(f"--lora_r {model.lora_r}: the rank of adapters is at least 1")
+    if not 0 < model.validation_share < 1:
+        raise UsageError(f"--validation_share {model.validation_share}: a share of the sequences, between 0 and 1")
     if model.backend not in BACKENDS:
         raise UsageError(f"--backend {model.backend!r} is not one of {', '.join(BACKENDS)}")
     if training.torch_compile:

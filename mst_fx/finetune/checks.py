@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def load_tokenizer(args: ModelArguments, config: Any) -> Any:
     if len(tokenizer) > vocab:
         raise UsageError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab}")
     return tokenizer
+
+
+def make_folder(name: str) -> None:
+    """Make the folder for what is trained, and see that it can be written to.
+
+    Raises:
+        UsageError: If it can't.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UsageError(f"--output_dir {name}: can't be written to ({e.strerror or e})") from e
 
 
 def looks_like_path(name: str) -> bool:

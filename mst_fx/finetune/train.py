@@ -17,7 +17,7 @@ import mst_fx
 from mst_fx.commands.models import DTYPES, UsageError, first_line, parse_options
 from mst_fx.finetune.arguments import ModelArguments, parse
 from mst_fx.finetune.attention import choose_attention
-from mst_fx.finetune.checks import load_config, load_tokenizer
+from mst_fx.finetune.checks import load_config, load_tokenizer, make_folder
 from mst_fx.finetune.data import collate, find_source, pack, tokenizer_stamp
 from mst_fx.measure import highest_memory
 from mst_fx.recipe import has_checkpointing, minisequence
@@ -45,6 +45,10 @@ def run_finetune(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(args, config)
     source = find_source(args.dataset, args.text_column, args.cache_dir)
     checkpoint = None if args.overwrite_output_dir else _checkpoint(training)
+    if checkpoint and _is_finished(training, checkpoint):
+        say(f"{checkpoint} is the end of this training: nothing to do (--overwrite_output_dir True starts anew)")
+        return 0
+    make_folder(training.output_dir or ".")
     say(f"dataset: {source}")
     with training.main_process_first(desc="packing"):
         stamp = f"{mst_fx.__version__} {tokenizer_stamp(tokenizer.name_or_path)}"
@@ -170,6 +174,14 @@ def _checkpoint(training: TrainingArguments) -> str | None:
     return str(max(found)[1]) if found else None
 
 
+def _is_finished(training: TrainingArguments, checkpoint: str) -> bool:
+    """Whether a checkpoint holds as many steps as are asked for, or as many epochs."""
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    if training.max_steps > 0:
+        return state["global_step"] >= training.max_steps
+    return (state.get("epoch") or 0) >= training.num_train_epochs
+
+
 # -- log ---------------------------------------------------------------------------------------------
 
 
@@ -223,6 +235,9 @@ def plot_losses(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), style if key == "loss" else "o", label=label, linewidth=3 - index)
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
+    else:
+        axes.set_title("no loss was logged: there were fewer steps than --logging_steps")
     figure.savefig(path, dpi=120)
     plt.close(figure)
