@@ -22,7 +22,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mst_fx.graph import called_name, fake, node_name, storages, tensors_in
+from mst_fx.graph import called_name, fake, needs_grad, node_name, storages, tensors_in
 from mst_fx.inductor import fake_mode_of, storage_of, symbolic_sizes
 
 _OPERATORS = {
@@ -139,6 +139,16 @@ def _parameters(function: Any) -> tuple[str, ...]:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
+
+
+def gradients_flow(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that a gradient may flow into: they need one, and it leads to an output."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        carries = needs_grad(node) and any(u in live for u in node.users)
+        if carries or node.op == "output" or is_in_place(node) or fake(node) is None:
+            live.add(node)
+    return live
 
 
 # -- random numbers -----------------------------------------------------------------------------------

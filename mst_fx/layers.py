@@ -29,7 +29,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mst_fx.effects import is_in_place
+from mst_fx.effects import gradients_flow, is_in_place
 from mst_fx.graph import (
     CHECKPOINT,
     autocast_dtypes,
@@ -39,6 +39,7 @@ from mst_fx.graph import (
     in_autocasts_of,
     is_autocast_switch,
     is_grad_switch,
+    needs_grad,
     node_name,
     open_autocasts,
     run_on_fakes,
@@ -71,25 +72,29 @@ class Unit:
         inputs = dict.fromkeys(a for n in own for a in n.all_input_nodes if a not in own)
         return cls(tuple(own), tuple(inputs), tuple(n for n in own if any(u not in own for u in n.users)))
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What units that compute the same of alike inputs have in common."""
-        return _written(self.inputs, self.nodes, self.outputs)
+    def key(self, live: set[fx.Node]) -> tuple[Any, ...]:
+        """What units that compute the same of alike inputs, and get gradients alike, have in common."""
+        return _written(self.inputs, self.nodes, self.outputs), tuple(n in live for n in self.outputs)
 
     @property
     def place(self) -> str:
         """Where the first of its nodes comes from."""
         return source_of(self.nodes[0])
 
-    def graph(self, root: fx.GraphModule) -> fx.GraphModule:
-        """Return the unit as a graph of its own: of its inputs, to a tuple of its outputs."""
+    def graph(self, root: fx.GraphModule, live: set[fx.Node]) -> fx.GraphModule:
+        """Return the unit as a graph of its own: of its inputs, to a tuple of its outputs.
+
+        An output that no gradient comes back to (a router that is only logged) is detached: for a tangent that is
+        not there torch takes zeros, which would be gradients of what has none.
+        """
         graph, made = fx.Graph(), {}
         for i, node in enumerate(self.inputs):
             made[node] = graph.placeholder(f"input_{i}")
             made[node].meta["example_value"] = fake(node)
         for node in self.nodes:
             made[node] = graph.node_copy(node, made.__getitem__)
-        graph.output(tuple(made[n] for n in self.outputs))
+        stops = {n for n in self.outputs if needs_grad(n) and n not in live}
+        graph.output(tuple(graph.call_method("detach", (made[n],)) if n in stops else made[n] for n in self.outputs))
         return fx.GraphModule(root, graph)
 
 
@@ -140,7 +145,7 @@ def share_layers(module: fx.GraphModule) -> int:
     Args:
         module: A rewritten Dynamo graph with fake values in ``meta["example_value"]``.
     """
-    count = 0
+    count, live = 0, gradients_flow(module.graph)
     for units in [*_repeats([n for n in module.graph.nodes if n.op not in _GIVEN])]:
         reason = _reason_against(module, units) or _reason_around(module, units[0].nodes[0])
         if reason:
@@ -148,12 +153,12 @@ def share_layers(module: fx.GraphModule) -> int:
             continue
         groups: dict[Any, list[Unit]] = {}
         for unit in units:
-            groups.setdefault(unit.key, []).append(unit)
+            groups.setdefault(unit.key(live), []).append(unit)
         for alike in groups.values():
             if len(alike) >= FEWEST:
                 name = NAME.format(sum(n.startswith(NAME.format("")) for n, _ in module.named_children()))
                 # Taken anew: what goes in may come out of layers that are calls by now.
-                setattr(module, name, Unit.of(alike[0].nodes).graph(module))
+                setattr(module, name, Unit.of(alike[0].nodes).graph(module, live))
                 for unit in alike:
                     _call(module.graph, name, unit)
                 count += len(alike)

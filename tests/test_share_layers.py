@@ -451,3 +451,46 @@ def test_evaluation(shared: list[int]) -> None:
         loss = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})(**inputs).loss
         torch.testing.assert_close(loss, model(**inputs).loss)
     assert shared == [LAYERS]
+
+
+@pytest.mark.parametrize("read", [(), (1, 3), (0, 2)])
+def test_a_router_that_is_only_logged_gets_no_gradient(shared: list[int], read: tuple[int, ...]) -> None:
+    """None, as in eager, and no zeros, by which an optimizer would decay the weights."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.router = nn.LayerNorm(H), nn.Linear(H, 4)
+            self.mix, self.mlp = nn.Linear(H, H), nn.Sequential(nn.Linear(H, 4 * H), nn.GELU(), nn.Linear(4 * H, H))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = x + self.mix(x).tanh()
+            h = self.norm(x)
+            return x + self.mlp(h), self.router(h)
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            loss, logged = 0.0, []
+            for i, layer in enumerate(self.layers):
+                x, router = layer(x)
+                if i in read:
+                    loss = loss + router.logsumexp(-1).mean()
+                else:
+                    logged.append(router.detach().mean())
+            return x.square().mean() + loss, *logged
+
+    model, x = Stack(), torch.randn(26, H)
+    model(x)[0].backward()
+    plain = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})(x)[0].backward()
+    assert sum(shared) >= (0 if read else 3)
+    for name, parameter in model.named_parameters():
+        grad, truth = parameter.grad, plain[name]
+        assert (grad is None) == (truth is None), name
+        assert truth is None or grad is None or error(grad, truth.double()) < 1e-5
+    assert (plain["layers.0.router.weight"] is None) == (0 not in read)

@@ -25,7 +25,6 @@ from mst_fx.graph import (
     is_layout,
     is_parameter_like,
     needs_grad,
-    node_name,
     records_gradients,
     storages,
     walking,
@@ -222,13 +221,16 @@ class Lifter:
             return row.with_node(self.builder.emit(aten.detach.default, row.node))
         return row
 
-    def _stops(self, node: fx.Node, reader: fx.Node) -> bool:
-        """Whether no gradient comes back by a reader: it detaches, or nobody reads what it makes."""
+    def _stops(self, node: fx.Node, reader: fx.Node, depth: int = 8) -> bool:
+        """Whether no gradient comes back by a reader: it detaches, or so does all that reads what it makes."""
         value = fake_tensor(reader)
-        if value is None or value is fake(node) or isinstance(reader.target, torch._ops.HigherOrderOperator):
+        if value is None or value is fake(node) or is_in_place(reader):
             return False
-        off = node_name(reader) == "detach" or not records_gradients(self.states.get(reader))
-        return off or (not reader.users and not is_in_place(reader))
+        if isinstance(reader.target, torch._ops.HigherOrderOperator):
+            return False
+        if not value.requires_grad or not records_gradients(self.states.get(reader)):
+            return True
+        return depth > 0 and all(self._stops(reader, u, depth - 1) for u in reader.users)
 
     def input_for(self, live_in: LiveIn, grad_enabled: bool) -> Input:
         """Trace a live-in back to the outer graph."""

@@ -25,10 +25,9 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from mst_fx.effects import is_in_place
-from mst_fx.graph import fake, fake_tensor, grad_states, ndim, needs_grad, node_name, storages, walking
+from mst_fx.effects import gradients_flow, is_in_place
+from mst_fx.graph import fake_tensor, grad_states, ndim, needs_grad, node_name, storages, walking
 from mst_fx.regions.lift import Lifter, Output
 from mst_fx.regions.losses import read_total
 from mst_fx.rowform.rows import Row, same_size
@@ -220,7 +219,7 @@ class Scalar:
 
 def find_scalar(tail: Tail, outputs: Sequence[Output]) -> Scalar | None:
     """Return the first scalar that all gradients of a region flow from, None without one."""
-    live = _live(tail.lifter.region.module.graph)
+    live = gradients_flow(tail.lifter.region.module.graph)
     leaves = {t.leaf for n, terms in tail.linear.items() if n in live for t in terms if t.inside}
     for node, terms in tail.linear.items():
         if node in live and not ndim(node) and {t.leaf for t in terms if t.inside} >= leaves:
@@ -231,17 +230,6 @@ def find_scalar(tail: Tail, outputs: Sequence[Output]) -> Scalar | None:
 def _keeps_device(node: Any, result: torch.Tensor) -> bool:
     value = fake_tensor(node)
     return value is not None and value.device == result.device
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that a gradient may flow into: they need one, and it leads to an output."""
-    live: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
-        carries = any(v.requires_grad for v in values) and any(u in live for u in node.users)
-        if carries or node.op == "output" or is_in_place(node) or fake(node) is None:
-            live.add(node)
-    return live
 
 
 def _close(
