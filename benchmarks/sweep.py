@@ -97,9 +97,9 @@ def model_types(auto: str) -> list[str]:
 
 def kind_of_reason(reason: str) -> str:
     """Return a reason without what is particular to one model: places and names of ops before the verb."""
-    reason = re.sub(r" ?\([^()]*:\d+\)$", "", reason.split("; if you train")[0])
-    reason = re.sub(r"`[^`]*` ", "", reason.removeprefix("not legal: ").removeprefix("not supported: "))
-    return re.sub(r"[\d.]+", "N", reason)
+    reason = re.sub(r" ?\([^()]*:\d+\)| ?\(<[^()]*>\)", "", reason.split("; ")[0])
+    reason = re.sub(r"^`[^`]*`:? ", "", reason.removeprefix("not legal: ").removeprefix("not supported: "))
+    return re.sub(r"\d+(\.\d+)?", "N", reason)
 
 
 def summary(rows: list[Row]) -> list[str]:

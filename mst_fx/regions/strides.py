@@ -18,7 +18,6 @@ _MAY_COPY = {"flatten", "ravel", "expand_as", "view_as", "unsqueeze", "squeeze",
              "detach", "unfold", "as_strided", "expand", "chunk", "split", "unbind", "select", "narrow", "getitem",
              "double", "type", "type_as", "cpu", "cuda", "moveaxis", "diagonal", "atleast_1d", "atleast_2d", "getattr",
              "reshape_as", "swapdims", "adjoint", "H", "broadcast_to", "tensor_split", "hsplit", "vsplit"}  # fmt: skip
-"""What gives a view of its argument, or a copy where strides ask for one, beside ``is_layout``."""
 
 
 def like_strides(value: torch.Tensor, old: torch.Tensor) -> list[int] | None:
