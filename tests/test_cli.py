@@ -138,7 +138,7 @@ BAD = {
     "folder": (["--hf", "/no/such"], "no such folder"),
     "set": (["--hf", "llama", "--set", "hiden_size=8"], "no config value 'hiden_size'. Did you mean 'hidden_size'"),
     "set form": (["--hf", "llama", "--set", "hidden_size"], "not of the form NAME=VALUE"),
-    "no LM": (["--hf", "vit"], "can't be made"),
+    "no LM": (["--hf", "vit"], "Transformers has no causal LM of this type"),
     "option": ([*ENTRY, "--option", "chunk_token=8"], "Did you mean 'chunk_tokens'"),
     "option value": ([*ENTRY, "--option", "chunk_tokens=0"], "use 'auto' or an int"),
     "device": (["--hf", "llama", "--device", "nowhere"], "--device nowhere can't be used"),
