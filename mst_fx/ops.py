@@ -165,7 +165,10 @@ def _zero(like: torch.Tensor, found: CompiledBody) -> torch.Tensor:
 def _sum_setup(ctx: Any, inputs: Any, output: Any) -> None:
     chunked, shared, _, body, _ = inputs
     ctx.counts, ctx.body = (len(chunked), len(shared)), body
-    ctx.save_for_backward(*output[len(BODIES[body].outputs) :])
+    found = BODIES[body]
+    # The sum itself is not kept: a caller may change it in place.
+    empty = [output[0] == 0] if found.ignores else []
+    ctx.save_for_backward(*empty, *output[len(found.outputs) :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -175,10 +178,11 @@ def _sum_backward(ctx: Any, grads: Any) -> Any:
     upstream = grads[0]
     if upstream is None:
         return [None] * n, [None] * m, None, None, None
-    found = BODIES[ctx.body]
-    scaled = [(g * upstream).to(g.dtype) for g in ctx.saved_tensors]
-    if found.ignores:  # also where the loss was divided by a count of 0 labels
-        scaled = [torch.where(g == 0, g, s) for g, s in zip(ctx.saved_tensors, scaled, strict=True)]
+    found, gradients = BODIES[ctx.body], list(ctx.saved_tensors)
+    if found.ignores:  # of nothing but such tokens no gradient comes, though the loss be divided by a count of 0
+        nothing = gradients.pop(0) & ~upstream.isfinite()
+        upstream = torch.where(nothing, torch.zeros_like(upstream), upstream)
+    scaled = [(g * upstream).to(g.dtype) for g in gradients]
     return *_spread(found, scaled, n, m), None, None, None
 
 
