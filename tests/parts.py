@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mst_fx
-from tests.harness import EAGER, error
+from tests.harness import EAGER, chunked, error
 
 T, H, I, V = 32, 6, 20, 24  # noqa: E741
 SMALL = {"mst.chunk_tokens": 8, **EAGER}
@@ -46,9 +46,16 @@ def run(fn: Callable[..., Any], options: dict[str, Any] | None) -> dict[str, tor
     return {**{f"output {i}": o.detach() + 0 for i, o in enumerate(outs)}, **grads, **dict(model.named_buffers())}
 
 
-def same(fn: Callable[..., Any]) -> mst_fx.Report:
+def by_name(*cases: tuple[Callable[..., Any], str]) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Return functions by their names, each with the kind of region that is chunked in it, "" for none."""
+    return {fn.__name__: (fn, kind) for fn, kind in cases}
+
+
+def same(fn: Callable[..., Any], kind: str = "") -> mst_fx.Report:
     plain, ours = run(fn, None), run(fn, SMALL)
     assert plain.keys() == ours.keys(), "something has a gradient that had none, or the reverse"
     for name, value in plain.items():
         assert error(ours[name], value.double()) < 1e-12, f"{name}: {error(ours[name], value.double()):.1e} off"
-    return mst_fx.report.join_reports(mst_fx.reports())
+    report = mst_fx.report.join_reports(mst_fx.reports())
+    assert not kind or chunked(report, kind), str(report)
+    return report
