@@ -52,6 +52,11 @@ def needs_grad(node: Any) -> bool:
     return isinstance(node, fx.Node) and any(v.requires_grad for v in tensors_in(fake(node)))
 
 
+def is_differentiable(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype can have a gradient."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 _NAMESPACES: dict[str, Any] = {
     "torch": torch, "torch.functional": torch.functional, "torch.nn.functional": torch.nn.functional,
     "torch._C._nn": torch._C._nn, "torch._C": torch._C, "torch.autograd": torch.autograd,

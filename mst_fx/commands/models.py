@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import mst_fx
+from mst_fx.backend import check_inductor_options
 from mst_fx.config import Config, did_you_mean
-from mst_fx.inductor import fake_tensors, option_names
+from mst_fx.inductor import fake_tensors
 from mst_fx.recipe import enable_checkpointing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -89,18 +90,11 @@ def parse_options(items: list[str]) -> dict[str, Any]:
     """Read options of the backend: ours with or without ``mst.``, and Inductor's.
 
     Raises:
-        UsageError: On a name that is neither ours nor Inductor's.
-        OptionError: On a bad value of one of ours.
+        OptionError: On a name that is neither ours nor Inductor's, or a bad value of one of ours.
     """
     ours = set(Config.__dataclass_fields__) - {"inductor"}
-    options = {}
-    for key, value in parse_pairs(items).items():
-        if key in ours:
-            key = f"mst.{key}"
-        elif not key.startswith("mst.") and key not in option_names():
-            raise UsageError(f"unknown --option {key!r}.{did_you_mean(key, [*ours, *option_names()])}")
-        options[key] = value
-    Config.parse(options)
+    options = {f"mst.{key}" if key in ours else key: value for key, value in parse_pairs(items).items()}
+    check_inductor_options(Config.parse(options))
     return options
 
 

@@ -74,7 +74,7 @@ def replace_in_place(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> b
         return False
     wanted = like_strides(value, old)
     if wanted is not None:
-        new = laid_out(lambda name, *args: writer.create("call_method", name, args, {}), new, wanted, old.ndim)
+        new = laid_out(writer.method, new, wanted, old.ndim)
     elif stride_order(old) is None and strides_matter(target, node):
         writer.undo()
         return False

@@ -82,7 +82,7 @@ def _by_rows(node: fx.Node, fake_mode: Any) -> bool:
         "call_function", DTensor.from_local, (part, mesh, (Partial(),)), {"run_check": False}, fake(node)
     )
     if bias is not None:  # which DTensor counts once over all ranks; cast as autocast would
-        bias = writer.create("call_method", "to", (bias, fake(node).dtype), {})
+        bias = writer.method("to", bias, fake(node).dtype)
         whole = writer.create("call_function", torch.add, (whole, bias), {}, fake(node))
     if _placement(whole) != Partial():
         writer.undo()
@@ -150,4 +150,4 @@ def _is_call(node: fx.Node, method: str) -> bool:
 
 
 def _local(writer: Writer, node: Any) -> fx.Node:
-    return writer.create("call_method", "to_local", (node,), {})
+    return writer.method("to_local", node)

@@ -93,6 +93,9 @@ def _is_linear_amplifier(node: fx.Node) -> bool:
     assert projection is not None
     x = fake_tensor(projection.tokens)
     same = x is not None and out is not None and x.ndim == out.ndim and node.args[:1] == (projection.tokens,)
+    bias = fake_tensor(node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None))
+    if bias is not None and bias.ndim > 1:  # it may have tokens of its own
+        return False
     return same and node.op == "call_function" and node_name(node) == "linear" and projection.growth > AMPLIFICATION
 
 

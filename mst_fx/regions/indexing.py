@@ -42,6 +42,10 @@ class Writer:
         """Append a call of a function."""
         return self.create("call_function", target, args, {})
 
+    def method(self, name: str, *args: Any) -> fx.Node:
+        """Append a call of a tensor's method."""
+        return self.create("call_method", name, args, {})
+
     def create(self, op: str, target: Any, args: Any, kwargs: dict[str, Any], replaces: Any = None) -> fx.Node:
         """Append any node; its gradient is that of the value it ``replaces``, if that has none."""
         graph = self.place.graph
@@ -121,7 +125,7 @@ def write_item(writer: Writer, x: fx.Node, index: Any, value: Any) -> fx.Node | 
     if picked.ndim != 1 or picked.dtype not in (torch.int32, torch.int64):
         return None
     if picked.dtype == torch.int32:
-        chosen = writer.create("call_method", "long", (chosen,), {})
+        chosen = writer.method("long", chosen)
     return writer.call(torch.index_fill, x, dim, chosen, value)
 
 

@@ -56,7 +56,7 @@ def join_rows(module: fx.GraphModule, node: fx.Node, fake_mode: Any) -> bool:
         return False
     wanted = like_strides(value, old)
     if wanted is not None:
-        new = laid_out(lambda name, *args: joiner.writer.create("call_method", name, args, {}), new, wanted, old.ndim)
+        new = laid_out(joiner.writer.method, new, wanted, old.ndim)
     new.meta["mst_replaces"] = new.meta["example_value"] = old
     node.replace_all_uses_with(new)
     for dead in [node, *sorted(joiner.seen, key=joiner.order.__getitem__, reverse=True)]:

@@ -22,6 +22,8 @@ from mst_fx.graph import (
     fake,
     fake_tensor,
     grad_states,
+    is_autocast_switch,
+    is_differentiable,
     is_layout,
     is_parameter_like,
     needs_grad,
@@ -48,6 +50,7 @@ from mst_fx.rowform.rows import (
 
 _VIEWS = {aten.permute.default, aten.view.default, aten.reshape.default, aten.t.default, aten.select.int,
           aten.transpose.int, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor}  # fmt: skip
+_CASTS = (aten._to_copy.default, aten.detach.default)
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ class Lifter:
         if node is None:
             raise MixesTokensError("reads a value that has no place in the graph")
         t = live_in.tensor
-        needs = grad_enabled and t.requires_grad and t.is_floating_point()
+        needs = grad_enabled and t.requires_grad
         if live_in.kinds is None:
             shape = tuple(live_in.shape)
             stride = (
@@ -292,6 +295,8 @@ def finish_lift(lifter: Lifter, outputs: list[Output], hoist: bool = True) -> Li
     shared_nodes = [n for n in ordered if inputs[n].live_in.kinds is None]
     by_copy = {copied[n]: inputs[n] for n in ordered}
     in_loop = {copied[n] for n in builder.in_loop}
+    if any(is_autocast_switch(n) for n in region.module.graph.nodes):  # in front of the loop, another may be in force
+        in_loop |= {n for n in graph.nodes if n.op == "call_function" and n.target not in (*_VIEWS, *_CASTS)}
     hoisted = _hoistable(graph, [copied[n] for n in shared_nodes], in_loop) if hoist else []
     behind = _needed(graph, set(hoisted))
     direct = [n for n in shared_nodes if copied[n] in behind]
@@ -312,7 +317,7 @@ def stops_gradient(node: fx.Node, value: Any, states: Mapping[fx.Node, Any]) -> 
     A view made there says that it requires a gradient, and is a leaf all the same: grad mode tells, ``states``
     being those of the graph.
     """
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor) or not is_differentiable(value.dtype):
         return False
     if any(value is fake(n) for n in node.all_input_nodes):
         return False  # a cast to the dtype it has gives back the very value, with its gradient
@@ -387,5 +392,5 @@ def _run_shared(node: fx.Node, inputs: dict[fx.Node, Input]) -> InputSpec:
         return n.target(*args, **{k: v for k, v in kwargs.items() if k != "device"})  # pyright: ignore
 
     value = run(node)
-    needs = value.is_floating_point() and any(spec.needs_grad for spec in used)
+    needs = is_differentiable(value.dtype) and any(spec.needs_grad for spec in used)
     return InputSpec(tuple(value.shape), value.dtype, used[0].device, tuple(value.stride()), needs)

@@ -16,7 +16,7 @@ from torch._dynamo.exc import ShortenTraceback
 
 from mst_fx.body import Body, InputSpec
 from mst_fx.config import OptionError
-from mst_fx.graph import autocast_off
+from mst_fx.graph import autocast_off, is_differentiable
 from mst_fx.inductor import is_plain_fake, without_modes
 from mst_fx.regions.promised import ModuleRows
 
@@ -51,7 +51,7 @@ def check_promise(body: Body) -> None:
             _random(spec, TOKENS if i < len(body.chunked) else None, generator) if i not in given else given[i].detach()
             for i, spec in enumerate(body.inputs)
         ]
-        wide = [x.double() if x.is_floating_point() else x.clone() for x in inputs]
+        wide = [x.to(_wide(x.dtype), copy=True) for x in inputs]
         try:
             _compare(quiet, body, wide, torch.float64)
         except PromiseError:
@@ -61,12 +61,20 @@ def check_promise(body: Body) -> None:
             _compare(quiet, body, [x.clone() for x in inputs], narrow)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float64) if is_differentiable(dtype) else dtype
+
+
+def _real(value: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
 def _random(spec: InputSpec, tokens: int | None, generator: torch.Generator) -> torch.Tensor:
     if tokens is None:
         return torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
     shape = (tokens, *spec.shape)
-    if spec.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(spec.device, spec.dtype)
+    if is_differentiable(spec.dtype):
+        return torch.randn(shape, generator=generator, dtype=torch.promote_types(spec.dtype, torch.float32)).to(spec.device, spec.dtype)
     return torch.randint(0, 2, shape, generator=generator).to(spec.device, spec.dtype)
 
 
@@ -88,12 +96,12 @@ def _run(function: ModuleRows, body: Body, rows: Any, shared: Any, which: Any) -
     """Return outputs and gradients of chunked inputs (rows each), then gradients of shared ones."""
     xs = [x[which].clone() for x in rows] + [x.clone() for x in shared]
     leaves = [x.requires_grad_() for x, spec in zip(xs, body.inputs, strict=True) if spec.needs_grad]
-    outs = list(function(*xs))
+    outs = [_real(o) for o in function(*xs)]
     total = sum((o * _weights(o, which)).sum() for o in outs if o.requires_grad)
     found: Sequence[Any] = [None] * len(leaves)
     if isinstance(total, torch.Tensor):
         found = torch.autograd.grad(total, leaves, allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    grads = [_real(torch.zeros_like(x) if g is None else g) for x, g in zip(leaves, found, strict=True)]
     return [o.detach() for o in outs] + grads
 
 

@@ -23,6 +23,7 @@ from mst_fx.graph import (
     fake_tensor,
     grad_states,
     is_autocast_switch,
+    is_differentiable,
     needs_grad,
     records_gradients,
     storages,
@@ -164,7 +165,7 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
         values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
         if not values or any(v.requires_grad for v in values) or is_in_place(node) or draws(node):
             return False
-        if any(v.is_floating_point() for v in values) and (
+        if any(is_differentiable(v.dtype) for v in values) and (
             switched or any(needs_grad(n) for n in node.all_input_nodes)
         ):
             return False

@@ -222,7 +222,10 @@ def find_scalar(tail: Tail, outputs: Sequence[Output]) -> Scalar | None:
     live = gradients_flow(tail.lifter.region.module.graph)
     leaves = {t.leaf for n, terms in tail.linear.items() if n in live for t in terms if t.inside}
     for node, terms in tail.linear.items():
-        if node in live and not ndim(node) and {t.leaf for t in terms if t.inside} >= leaves:
+        value = fake_tensor(node)
+        if value is None or value.is_complex():
+            continue  # of a complex scalar there is no gradient to multiply later
+        if node in live and not value.ndim and {t.leaf for t in terms if t.inside} >= leaves:
             return _close(tail, node, terms, outputs, live)
     return None
 
