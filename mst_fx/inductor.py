@@ -156,13 +156,15 @@ def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def apart_from_autograd_settings() -> Iterator[None]:
-    """Keep what is traced here from the user's hooks and from compiled autograd.
+    """Keep what is traced here from the user's hooks, from compiled autograd and from a search for NaN.
 
     A checkpoint around the compiled function would count what a body saves; compiled autograd would take over the
-    backward of a body, and fix its number of rows.
+    backward of a body, and fix its number of rows; anomaly mode would read the values of its gradients.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled_autograd._disable())
+        if torch.is_anomaly_enabled():
+            stack.enter_context(torch.autograd.set_detect_anomaly(False))
         if torch._C._autograd._saved_tensors_hooks_is_enabled():
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
         yield

@@ -332,6 +332,8 @@ def _reason_within(nodes: Sequence[fx.Node], mode: Any) -> str | None:
             found = _reason_within([n for n in inner.graph.nodes if n.op not in ("placeholder", "output")], mode)
             if found:
                 return found
+        elif isinstance(fake(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return f"{node.name} is a symbolic number"
         elif is_in_place(node) or _switches(node):
             return f"{node.name} changes a value or a mode"
         elif isinstance(node.target, torch._ops.HigherOrderOperator):

@@ -73,17 +73,11 @@ class Promise:
         self.__setstate__({"module": module, "original": module.__dict__.get("forward")})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "original": self.original, "fixed": self.fixed}
+        return {"module": self.module, "original": self.original}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module: nn.Module = state["module"]
         self.original: Callable[..., Any] | None = state["original"]
-        # NOTE [what Dynamo does not see] Dynamo doesn't look into the call, so it would go on after a change of
-        # `training` or of a number such as a Dropout's p. What it reads outside the call it guards on.
-        self.fixed: dict[str, tuple[str, ...]] = state.get("fixed") or {
-            path: tuple(k for k, v in vars(child).items() if isinstance(v, bool | int | float | str))
-            for path, child in self.module.named_modules()
-        }
         self.key = next(_KEYS)
         _PROMISES[self.key] = self
 
@@ -104,10 +98,13 @@ class Promise:
                 state[name] = tensor
             for name, tensor in self.module.named_buffers():
                 state[name] = tensor
+            # Dynamo doesn't look into the call, so it would go on after a change of `training` or of a number such as
+            # a Dropout's p. What it reads outside the call it guards on.
             guarded = {}
-            for path, child in self.module.named_modules():
-                for name in self.fixed.get(path, ()):
-                    guarded[getattr(child, name, None)] = 0  # a key of a dict is a constant, never a symbolic float
+            for _, child in self.module.named_modules():
+                for value in child.__dict__.values():
+                    if value is None or isinstance(value, (bool, int, float, str)):  # noqa: UP038
+                        guarded[value] = 0  # a key of a dict is a constant, never a symbolic float
             return tokenwise_call(self.key, state, args, kwargs)
         return self.forward(*args, **kwargs)
 

@@ -296,3 +296,11 @@ def test_gradient_taken_inside_the_compiled_function() -> None:
         return (loss.detach(), *torch.autograd.grad(loss, list(w.values())))
 
     torch.testing.assert_close(compiled(run)(x), run(x))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_mode() -> None:
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    with torch.autograd.detect_anomaly():
+        both(model, lambda fn: fn(**inputs).backward())
+    assert len(mst_fx.reports()[-1].chunked) == 2

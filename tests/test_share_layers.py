@@ -60,9 +60,10 @@ class Layer(nn.Module):
         self.mix = nn.Linear(H, H)
         self.mlp = mlp()
         self.extra = extra
+        self.scale = 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.extra(self.mix(x).cumsum(1))
+        x = x + self.extra(self.mix(x).cumsum(1)) * self.scale
         return x + self.mlp(x)
 
 
@@ -265,6 +266,18 @@ def test_refused(name: str, shared: list[int]) -> None:
     fn = torch.compile(model, backend="mst", options={**OPTIONS, **EAGER})
     fn(**tokens(requires_grad=True)).backward()
     assert shared == [0]
+
+
+def test_a_number_of_each_layer_that_changes(shared: list[int]) -> None:
+    """Dynamo makes it a symbolic one, read in the layer off an input."""
+    model = Layers(torch.tanh)
+    fn = torch.compile(model, backend="mst", fullgraph=True, options={**OPTIONS, **EAGER})
+    for scale in (1.5, 1.25, 1.125):
+        for layer in model.layers:
+            layer.scale = scale
+        fn(**tokens()).backward()
+    assert shared[0]
+    assert shared[1:] == [0]
 
 
 def test_masks_of_layers_differ(shared: list[int]) -> None:

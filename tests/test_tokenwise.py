@@ -249,6 +249,25 @@ def test_a_changed_number_is_a_new_graph() -> None:
         torch.testing.assert_close(fn(x), module(x))
 
 
+def scaled_where_asked(s, x):
+    return s.down(s.up(x) * (1.0 if s.factor is None else s.factor) * getattr(s, "late", 1.0))
+
+
+def test_a_number_and_a_part_that_come_later_are_seen() -> None:
+    module = Function(scaled_where_asked)
+    module.factor = None
+    fn = torch.compile(mst_fx.tokenwise(module), backend="mst", options=OPTIONS)
+    x = torch.randn(2, 13, H)
+    changes = [("factor", 2.0), ("late", 3.0), ("up", nn.Sequential(module.up, nn.Dropout(1.0))), ("fn", scaled_where_asked)]
+    for name, value in changes:
+        torch.testing.assert_close(fn(x), module(x))
+        setattr(module, name, value)
+    module.eval()
+    torch.testing.assert_close(fn(x), module(x))
+    module.up[1].train()
+    torch.testing.assert_close(fn(x), module.down(torch.zeros(2, 13, I)))
+
+
 def test_module_stays_what_it_was() -> None:
     plain, module = SwiGLU(), SwiGLU()
     same = mst_fx.tokenwise(module)
