@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx import buckets, inductor, kernels
+from mst_fx import buckets, dynamo, inductor, kernels
 from mst_fx.config import Config, OptionError, did_you_mean
 from mst_fx.layers import share_layers, tracing_of_calls
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
@@ -86,7 +86,7 @@ def compile_chunked(
 def _compile(
     gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None
 ) -> tuple[Callable[..., Any], Report, list[LogitsSpec]]:
-    piece = inductor.is_piece()
+    piece = dynamo.is_piece()
     if piece:
         config = dataclasses.replace(config, logits="keep")  # the pieces hand plain tensors to each other
     module, report, logits = run_passes(gm, config, only)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +66,8 @@ class Body:
     chunked: tuple[InputSpec, ...]
     shared: tuple[InputSpec, ...]
     has_seed: bool
+    tells_ignored: bool = False
+    """Whether its last output tells the tokens that a loss leaves out; see ``regions/ignored.py``."""
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -208,31 +209,6 @@ def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
 def _no_autocast(inputs: Sequence[Any]) -> Any:
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
     return torch.autocast(device, enabled=False)
-
-
-def ignores_tokens(forward: fx.GraphModule) -> bool:
-    """Whether the first output is a loss that leaves tokens out: they get 0 for a gradient, whatever comes from behind.
-
-    A weight of 0 for a token does not say so: times an infinite gradient it is NaN.
-    """
-    output = next(n for n in forward.graph.nodes if n.op == "output")
-    return _ignores(output.args[0][0])
-
-
-def _ignores(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    packet, args = getattr(node.target, "overloadpacket", node.target), node.args
-    if packet is operator.getitem:
-        return getattr(args[0], "target", None) is aten.nll_loss_forward.default
-    if packet is aten.masked_fill:
-        return bool(args[2] == 0)
-    if packet is aten.add:
-        return all(map(_ignores, args[:2]))
-    if packet in (aten.mul, aten.div):
-        factor = args[1].meta["val"] if isinstance(args[1], fx.Node) else None
-        return _ignores(args[0]) and (factor is None or factor.ndim == 0)
-    return packet in (aten._to_copy, aten.neg) and _ignores(args[0])
 
 
 # -- peeling -----------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch import fx
 
 from mst_fx.backend import check_inductor_options, join_graphs
 from mst_fx.config import Config
+from mst_fx.dynamo import refusals_so_far
 from mst_fx.inductor import fake_mode_of
-from mst_fx.pipeline import left_to_eager, run_passes
+from mst_fx.pipeline import left_notes, left_to_eager, run_passes
 from mst_fx.report import Report, join_reports
 
 
@@ -49,12 +50,17 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | None = None) ->
 
         torch._dynamo.reset()
         join_graphs()
+        left_to_eager()  # what Dynamo said of other functions is none of this one's
+        refused = refusals_so_far()
         try:
             with _not_compiled_in_place(fn):
                 torch.compile(fn, backend=record)(*args, **kwargs)
         finally:
             torch._dynamo.reset()
-        return join_reports(found) if found else Report(notes=tuple(left_to_eager()))
+        if found:
+            return join_reports(found)
+        met = [r for r, times in refusals_so_far().items() if times > refused.get(r, 0)]
+        return Report(notes=tuple(left_to_eager() or left_notes(met)))
 
     return inner
 

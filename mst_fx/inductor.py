@@ -1,4 +1,4 @@
-"""The seam to torch's compiler: with ``kernels``, the only file that imports private torch.
+"""The seam to Inductor and AOTAutograd: with ``dynamo`` and ``kernels``, all that imports private torch.
 
 Facts this file rests on (seen on 2.11 and 2.13):
     * A body compiles inside a backend through ``compile_fx`` under a ``TracingContext`` of its own fake mode.
@@ -28,7 +28,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.distributed import Bucket, DDPOptimizer
-from torch._dynamo.utils import counters, get_debug_dir
+from torch._dynamo.utils import get_debug_dir
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -46,10 +46,10 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from mst_fx import kernels
 
 __all__ = [
-    "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "breaks_so_far", "compile_body", "compile_graph",
-    "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "graph_break", "is_piece",
-    "keep_source", "mode_options", "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of",
-    "symbolic_inputs", "symbolic_sizes", "torch_version", "trace_artifact", "tracing_in_mode_of", "without_modes",
+    "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "compile_body", "compile_graph", "cpp_wrapper",
+    "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "mode_options",
+    "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of", "symbolic_inputs",
+    "symbolic_sizes", "torch_version", "trace_artifact", "tracing_in_mode_of", "without_modes",
     "writes_not_looked_for",
 ]  # fmt: skip
 
@@ -102,8 +102,12 @@ def shares_layers(compiler: str, options: Mapping[str, Any]) -> bool:
     """Whether what compiles a graph lowers one called several times once, and with all it can do elsewhere."""
     if torch_version() < (2, 13):  # where AOTAutograd's pairing of them was tested
         return False
-    settings = {**inductor_config.get_config_copy(), **options}
-    return compiler == "aot_eager" or not (settings["cpp_wrapper"] or settings["triton.cudagraphs"])
+    return compiler == "aot_eager" or not {**inductor_config.get_config_copy(), **options}["triton.cudagraphs"]
+
+
+def cpp_wrapper(compiler: str, options: Mapping[str, Any]) -> bool:
+    """Whether Inductor would write the code around kernels in C++: that crashes where an op gives a list of one."""
+    return compiler != "aot_eager" and bool({**inductor_config.get_config_copy(), **options}["cpp_wrapper"])
 
 
 @contextlib.contextmanager
@@ -115,38 +119,6 @@ def writes_not_looked_for() -> Iterator[None]:
     op = torch.ops.higher_order.invoke_subgraph
     with mock.patch.object(op, "_supports_training_input_mutation", True, create=True):
         yield
-
-
-def keep_source(old: Any, new: Any) -> None:
-    """Let a copy of a graph or of a placeholder know where in the user's program its inputs come from.
-
-    AOTAutograd tells by that which inputs are parameters, whose memory stays where it is.
-    """
-    for name in ("_dynamo_source", "_param_name_to_source"):
-        if hasattr(old, name):
-            setattr(new, name, getattr(old, name))
-
-
-def is_piece() -> bool:
-    """Whether the graph being compiled is one of several DDP has cut the user's into."""
-    context = TracingContext.try_get()
-    return context is not None and context.fakify_first_call
-
-
-def graph_break(module: fx.GraphModule) -> tuple[str, str] | None:
-    """Return where in the user's code a graph break ended a Dynamo graph, and why; None where none did."""
-    found = getattr(module, "compile_subgraph_reason", None)
-    if found is None or not found.graph_break:
-        return None
-    frame = found.user_stack[-1] if found.user_stack else None
-    return f"{frame.filename}:{frame.lineno}" if frame else "an unknown place", (
-        str(found.reason).splitlines() or [""]
-    )[0]
-
-
-def breaks_so_far() -> dict[str, int]:
-    """Return how often in this process Dynamo broke a graph or left a function to eager, by reason."""
-    return dict(counters["graph_break"])
 
 
 def symbolic_sizes() -> contextlib.AbstractContextManager[Any]:
@@ -240,19 +212,25 @@ def symbolic_inputs(body: Any, rows: int) -> list[Any]:
 def compile_body(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compile a body's graph; returns a function of real inputs that gives a sequence."""
+    """Compile a body's graph; returns a function of real inputs that gives a sequence.
+
+    The number of rows is an input of its own: torch's caches hold code with what it assumes of numbers among the
+    inputs (up to which size an index has 32 bits, a sum is made in one go), and ask nothing of sizes of tensors.
+    """
     if compiler == "aot_eager":
         return graph
     mode = fake_mode_of(inputs)
     assert mode is not None
     # compile_fx takes over the module it is given, and a deep copy fails on the fake values in its metadata.
-    own = fx.Graph()
+    own, rows = fx.Graph(), inputs[0].shape[0]
+    own.placeholder("rows").meta["val"] = rows
     own.output(own.graph_copy(graph.graph, {}))
     # A CUDA graph of the outer graph's own would hold those of its bodies, once per chunk size.
     options = {**options, "triton.cudagraphs": False}
     later = kernels.later() if inputs[0].device.type == "cpu" else contextlib.nullcontext()
     with tracing(TracingContext(mode)), torch.no_grad(), later:
-        return compile_fx(fx.GraphModule(graph, own), list(inputs), config_patches=options)  # pyright: ignore
+        compiled: Any = compile_fx(fx.GraphModule(graph, own), [rows, *inputs], config_patches=options)  # pyright: ignore
+    return lambda *given: compiled(given[0].shape[0], *given)
 
 
 def compile_graph(

@@ -42,8 +42,8 @@ class CompiledBody:
     backward: Callable[..., Any] | None
     plan: Backward | None
     accumulate: str
-    ignores: bool = False
-    """Whether no gradient comes of tokens left out of the loss, however large the gradient that comes from behind."""
+    tells_ignored: bool = False
+    """Whether the last output tells tokens to which no gradient comes, however large it is behind the loss."""
     graph: fx.GraphModule | None = None
     """The forward as it was traced, for estimates; None in one that has none."""
 
@@ -166,8 +166,7 @@ def _sum_setup(ctx: Any, inputs: Any, output: Any) -> None:
     chunked, shared, _, body, _ = inputs
     ctx.counts, ctx.body = (len(chunked), len(shared)), body
     found = BODIES[body]
-    # The sum itself is not kept: a caller may change it in place.
-    empty = [output[0] == 0] if found.ignores else []
+    empty = [output[len(found.outputs) - 1].all()] if found.tells_ignored else []
     ctx.save_for_backward(*empty, *output[len(found.outputs) :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -179,7 +178,7 @@ def _sum_backward(ctx: Any, grads: Any) -> Any:
     if upstream is None:
         return [None] * n, [None] * m, None, None, None
     found, gradients = BODIES[ctx.body], list(ctx.saved_tensors)
-    if found.ignores:  # of nothing but such tokens no gradient comes, though the loss be divided by a count of 0
+    if found.tells_ignored:  # of nothing but such tokens no gradient comes, though the loss be divided by a count of 0
         nothing = gradients.pop(0) & ~upstream.isfinite()
         upstream = torch.where(nothing, torch.zeros_like(upstream), upstream)
     scaled = [(g * upstream).to(g.dtype) for g in gradients]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import fx
 
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.context import Context, Graph
+from mst_fx.dynamo import breaks_so_far, graph_break, keep_source
 from mst_fx.effects import reshapes_in_place
 from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, called_name, fake, fake_tensor, source_of, walking
-from mst_fx.inductor import apart_from_autograd_settings, breaks_so_far, fake_mode_of, graph_break, keep_source
+from mst_fx.inductor import apart_from_autograd_settings, cpp_wrapper, fake_mode_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.passes.causal_masks import causal_masks
 from mst_fx.passes.chunk_experts import chunk_experts
@@ -68,7 +69,9 @@ def run_passes(
     rewritten = copy_graph(module)
     notes, left = _notes(module), left_to_eager()
     if context.fake_mode is None:
-        notes.append("the graph carries no shapes")
+        notes.append("the graph has no inputs or outputs with shapes: nothing in it is looked at")
+    elif cpp_wrapper(config.compiler, dict(config.inductor)):
+        notes.append("nothing is chunked under Inductor's `cpp_wrapper`: it crashes on an op that gives a list of one")
     else:
         for graph in collect_graphs(rewritten):
             with graph.ambient(), apart_from_autograd_settings():
@@ -77,9 +80,13 @@ def run_passes(
                 _run_on(graph, context)
     notes += context.notes
     broken = graph_break(module)
-    if broken is not None:
-        context.reports = [_cut_short(r, *broken) for r in context.reports]
     chunked = any(r.status == "chunked" for r in context.reports)
+    if broken is not None:
+        where, why = broken
+        reports = [_cut_short(r, where, why) for r in context.reports]
+        notes += [_BROKEN.format(where, why)] if reports == context.reports else []
+        left = [note for note in left if why not in note]
+        context.reports = reports
     notes += [] if chunked else left
     changed = chunked or context.masks > 0
     if context.masks:
@@ -105,9 +112,12 @@ def run_passes(
     return (rewritten if changed else module), report, context.logits
 
 
+_BROKEN = "a graph break ends a graph at {}: {}; what is left to eager there is not chunked"
+
+
 def _cut_short(region: RegionReport, where: str, why: str) -> RegionReport:
-    """Return the report of logits that are left alone with the graph break behind them as a reason."""
-    if region.kind != "loss" or region.status == "chunked":
+    """Return the report of logits without a loss with the graph break behind them as a reason."""
+    if region.kind != "loss" or "no loss is computed from them" not in region.reason:
         return region
     reason = region.reason.partition("; if you train on them")[0]
     return dataclasses.replace(
@@ -233,10 +243,7 @@ def _notes(module: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-_LEFT = (
-    "Dynamo left code to eager before it came to this graph, and nothing in it is chunked: {} "
-    "(TORCH_LOGS=graph_breaks shows where)"
-)
+_LEFT = "Dynamo left code to eager, and nothing in it is chunked: {} (TORCH_LOGS=graph_breaks shows where)"
 _breaks_told: dict[str, int] = {}
 
 
@@ -246,7 +253,12 @@ def left_to_eager() -> list[str]:
     new = [reason for reason, times in found.items() if times > _breaks_told.get(reason, 0)]
     _breaks_told.clear()
     _breaks_told.update(found)
-    return list(dict.fromkeys(_LEFT.format((reason.splitlines() or [""])[0]) for reason in new))
+    return left_notes(new)
+
+
+def left_notes(reasons: Iterable[str]) -> list[str]:
+    """Return a note for each reason Dynamo gives, of which it keeps the first line."""
+    return list(dict.fromkeys(_LEFT.format((reason.splitlines() or [""])[0]) for reason in reasons))
 
 
 def _unread_graph(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:

@@ -103,7 +103,7 @@ class Promise:
             guarded = {}
             for _, child in self.module.named_modules():
                 for value in child.__dict__.values():
-                    if value is None or isinstance(value, (bool, int, float, str)):  # noqa: UP038
+                    if value is None or isinstance(value, (bool, int, float, str)):
                         guarded[value] = 0  # a key of a dict is a constant, never a symbolic float
             return tokenwise_call(self.key, state, args, kwargs)
         return self.forward(*args, **kwargs)

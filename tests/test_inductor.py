@@ -291,3 +291,22 @@ def test_aot_eager_and_inductor_agree_on_a_no_grad_prompt() -> None:
         torch.testing.assert_close(
             torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8})(**inputs).loss, expected
         )
+
+
+def test_code_for_short_chunks_does_not_serve_long_ones(tmp_path: Any) -> None:
+    """Inductor sums up to 4096 rows in one go, and the same code sums 65536 with 20 times the error."""
+    script = """
+        import json, torch, torch.nn.functional as F
+        torch.manual_seed(0)
+        up, down, x = torch.nn.Linear(4, 32), torch.nn.Linear(32, 4), torch.rand(65536, 4) + 1
+        errors = []
+        for chunk in (64, 65535):
+            torch.compiler.reset()
+            fn = torch.compile(lambda x: down(F.gelu(up(x))), backend="mst", options={"mst.chunk_tokens": chunk})
+            down.bias.grad = None
+            (fn(x) * 1.1).sum().backward()
+            errors.append((down.bias.grad.double() / (1.1 * 65536) - 1).abs().max().item())
+        print(json.dumps(errors))
+    """
+    short, long = run_script(script, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert max(short, long) < 1e-4

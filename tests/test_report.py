@@ -106,6 +106,48 @@ def test_graph_break_between_head_and_loss_is_named() -> None:
     assert "Compile one function that holds both" in str(report)
 
 
+class Printing(nn.Module):
+    """Breaks the graph between two regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.head = SwiGLU(), nn.Linear(16, V)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = x + self.mlp(x)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_a_graph_break_between_chunked_regions_is_noted() -> None:
+    report = mst_fx.explain(Printing(), OPTIONS)(torch.randn(2, 23, 16), torch.randint(0, V, (2, 23)))
+    assert len(report.chunked) == 2
+    (note,) = report.notes
+    line = Printing.forward.__code__.co_firstlineno + 2
+    assert f"test_report.py:{line}: Call to `torch._dynamo.graph_break()`" in note
+
+
+def test_what_another_function_was_left_to_eager_for_is_not_noted() -> None:
+    torch.compile(lambda x: torch._dynamo.graph_break() or x + 1, backend="eager")(torch.ones(2))
+    report = mst_fx.explain(nn.Linear(4, 4))(torch.ones(2, 4))
+    assert "graph_break" not in str(report)
+
+
+def test_a_function_that_dynamo_does_not_trace_is_noted() -> None:
+    report = mst_fx.explain(nn.LSTM(4, 4))(torch.ones(2, 3, 4))
+    assert report.num_graphs == 0
+    assert "LSTM" in str(report.notes)
+
+
+def test_nothing_is_chunked_under_the_cpp_wrapper() -> None:
+    model, inputs = SwiGLU(), torch.randn(2, 23, 16)
+    fn = torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8, "cpp_wrapper": True})
+    torch.testing.assert_close(fn(inputs), model(inputs))
+    (report,) = mst_fx.reports()
+    assert not report.chunked
+    assert "cpp_wrapper" in str(report)
+
+
 def test_a_product_of_two_inputs_is_no_attention() -> None:
     class Contrastive(nn.Module):
         def __init__(self) -> None:

@@ -333,7 +333,7 @@ def test_selective_checkpointing_keeps_its_policy(shared: list[int]) -> None:
     assert sum(shared) == 0
 
 
-@pytest.mark.parametrize("options", [{"triton.cudagraphs": True}, {"cpp_wrapper": True}, {"mst.share_layers": False}])
+@pytest.mark.parametrize("options", [{"triton.cudagraphs": True}, {"mst.share_layers": False}])
 def test_not_where_it_is_of_no_use(options: dict[str, Any], shared: list[int]) -> None:
     from mst_fx.config import Config
     from mst_fx.inductor import shares_layers

@@ -258,8 +258,7 @@ def test_a_number_and_a_part_that_come_later_are_seen() -> None:
     module.factor = None
     fn = torch.compile(mst_fx.tokenwise(module), backend="mst", options=OPTIONS)
     x = torch.randn(2, 13, H)
-    changes = [("factor", 2.0), ("late", 3.0), ("up", nn.Sequential(module.up, nn.Dropout(1.0))), ("fn", scaled_where_asked)]
-    for name, value in changes:
+    for name, value in (("factor", 2.0), ("late", 3.0), ("up", nn.Sequential(module.up, nn.Dropout(1.0)))):
         torch.testing.assert_close(fn(x), module(x))
         setattr(module, name, value)
     module.eval()
@@ -333,3 +332,25 @@ def test_arguments_that_are_not_tokens_are_refused() -> None:
     x, bias = torch.randn(2, S, H), torch.randn(I)
     torch.testing.assert_close(fn(x, bias), module(x, bias))
     assert f"has shape [{I}]: no row per token of [{B}, {S}]" in reasons(mst_fx.reports()[-1])
+
+
+class Constant(nn.Module):
+    """Eight numbers, as rows or as columns."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.up, self.down, self.shape = nn.Linear(H, 64), nn.Linear(64, H), shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shape == (8, 1):
+            constant = torch.tensor([[1.0], [2], [3], [4], [5], [6], [7], [8]])
+        else:
+            constant = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8]])
+        return self.down(F.gelu((self.up(x).unflatten(-1, (8, 8)) * constant).flatten(-2)))
+
+
+def test_constants_of_another_shape_are_another_body() -> None:
+    model = nn.Sequential(mst_fx.tokenwise(Constant((8, 1))), mst_fx.tokenwise(Constant((1, 8))))
+    x = torch.randn(2, 13, H)
+    torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
+    assert chunked(mst_fx.reports()[-1], "mlp") == 2

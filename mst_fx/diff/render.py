@@ -79,7 +79,8 @@ ADVICE = (
     (r"^too small|^not worthwhile", "small regions are left alone by mst.chunk_tokens='auto'; an int chunks them too"),
     (
         r"works over all tokens",
-        "take what is said of all tokens from what is said of each: x.amax(-1).max(), not x.max()",
+        "a metric of all tokens can be taken of each first (x.amax(-1).max(), not x.max()); what changes each token by "
+        "all of them, a scale, needs them whole",
     ),
     (r"compute the loss inside", "pass labels to the model, or compile a function that returns the loss"),
     (
@@ -88,6 +89,7 @@ ADVICE = (
     ),
     (r"logits leave a checkpointed block", "keep the head outside the checkpointed block"),
     (r"the returned logits", "mst.logits='drop' leaves the logits out"),
+    (r"^not convex", "a value that depends on all tokens comes back to each of them: that needs them whole"),
     (r"is returned", "return the value computed once more outside, or not at all, for its region to be chunked"),
     (r"in place", "write the operation out of place (x = x + y) for its region to be chunked"),
     (r"subclass|DTensor", "chunking needs plain weights where the layer runs: FSDP2 compiled per block has them"),

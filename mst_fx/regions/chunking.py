@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Body, differentiable_outputs, ignores_tokens, trace_backward, trace_forward, trace_sum
+from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.context import Context
 from mst_fx.graph import fake, fake_tensor, module_path, size_hint, tensors_in
 from mst_fx.inductor import compile_body, global_settings, storage_of
@@ -148,7 +148,7 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         ) from e
     BODIES[name] = CompiledBody(
         body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate,
-        ignores_tokens(traced), traced,
+        body.tells_ignored, traced,
     )  # fmt: skip
     _CODE[name] = context.bodies[name] = BodyCode(
         name, body_code(traced), body_code(backward.graph) if backward else ""
@@ -160,13 +160,13 @@ _CODE: dict[str, BodyCode] = {}
 
 
 def _size_class(body: Body, rows: int) -> int:
-    """Return 0, or the order of ``rows`` where a chunk's values come near 2**31 elements.
+    """Return the order of ``rows``, and ``rows`` itself where a chunk's values come near 2**31 elements.
 
-    Inductor counts elements in 32 bits where those of the chunk it is shown can be, and its guard on that goes
-    with the graph, not with the body: one that was compiled for short chunks must not serve such long ones.
+    Inductor sums more than 4096 rows in a way of its own and counts elements in 32 bits where those of the chunk it is
+    shown can be; a body that was compiled for short chunks must not serve long ones.
     """
     widest = max((s for spec in body.inputs for s in spec.shape if isinstance(s, int)), default=1)
-    return rows.bit_length() if rows * widest >= 2**29 else 0
+    return rows if rows * widest >= 2**30 else rows.bit_length()
 
 
 def _output_metas(traced: fx.GraphModule) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

@@ -18,6 +18,7 @@ from torch import fx
 
 from mst_fx.effects import mutated_storages
 from mst_fx.graph import fake_tensor, ndim, storages
+from mst_fx.regions.ignored import with_ignored_tokens
 from mst_fx.regions.lift import Lifted, Output, finish_lift
 from mst_fx.regions.losses import LossCall, ValueSum, count, is_divided, none_counts, sum_dtype
 from mst_fx.regions.region import region_key
@@ -54,7 +55,7 @@ def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
         summed = None
     built = [n for n in graph.nodes if n not in before]
     if summed is not None:
-        summed = dataclasses.replace(summed, dead=list(dead), built=built)
+        summed = dataclasses.replace(summed, body=with_ignored_tokens(summed.body), dead=list(dead), built=built)
         if not isinstance(find_place(summed), Mismatch):
             return summed
     region.nodes[:] = nodes

@@ -74,7 +74,8 @@ def _random(spec: InputSpec, tokens: int | None, generator: torch.Generator) -> 
         return torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
     shape = (tokens, *spec.shape)
     if is_differentiable(spec.dtype):
-        return torch.randn(shape, generator=generator, dtype=torch.promote_types(spec.dtype, torch.float32)).to(spec.device, spec.dtype)
+        wide = torch.promote_types(spec.dtype, torch.float32)
+        return torch.randn(shape, generator=generator, dtype=wide).to(spec.device, spec.dtype)
     return torch.randint(0, 2, shape, generator=generator).to(spec.device, spec.dtype)
 
 

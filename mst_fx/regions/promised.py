@@ -239,13 +239,13 @@ def _check(traced: fx.GraphModule) -> None:
 
 
 def _constants(traced: fx.GraphModule) -> list[str]:
-    """Return hashes of the tensors a graph holds, which its code doesn't show."""
+    """Describe the tensors a graph holds, which its code doesn't show."""
     found = []
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             value = getattr(traced, str(node.target))
             raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            found.append(hashlib.sha256(raw).hexdigest())
+            found.append(f"{value.dtype} {[*value.shape]} {value.stride()} {hashlib.sha256(raw).hexdigest()}")
     return found
 
 

@@ -26,6 +26,7 @@ from mst_fx.graph import (
     is_differentiable,
     needs_grad,
     records_gradients,
+    source_of,
     storages,
     stride_order,
 )
@@ -52,7 +53,10 @@ def find_place(lifted: Lifted) -> fx.Node | Mismatch:
     reader = _first_reader(lifted)
     late = _move_up_late(lifted, sources, reader)
     if late is not None:
-        return Mismatch(f"not convex: `{late.name}` is computed after an output is already read", region.source)
+        return Mismatch(
+            f"not convex: it reads `{late.name}` ({source_of(late)}), which is computed after a result of it is read",
+            region.source,
+        )
     place = _where_gradients_are_recorded(lifted, sources, _behind_outputs(lifted, sources, reader))
     if place is None:
         return Mismatch("its result is first read where gradients are off", region.source)

@@ -43,11 +43,16 @@ def find_rule(func: Any) -> Rule:
     if torch.Tag.nondeterministic_seeded in tags:
         raise MixesTokensError(f"draws random numbers ({op_name(func)})")
     found = RULES.get(func.overloadpacket)
-    if found is None and (torch.Tag.pointwise in tags or func.overloadpacket in _POINTWISE_EXTRA):
+    if found is None and is_pointwise(func):
         found = pointwise
     if found is None:
         raise MixesTokensError(f"{op_name(func)} mixes tokens or is not known to keep them apart")
     return found
+
+
+def is_pointwise(func: Any) -> bool:
+    """Whether an ATen op works element by element, with broadcasting."""
+    return torch.Tag.pointwise in func.tags or func.overloadpacket in _POINTWISE_EXTRA
 
 
 def op_name(func: Any) -> str:
