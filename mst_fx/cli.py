@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -21,13 +22,14 @@ def main(argv: list[str] | None = None) -> int:
 def _answer(command: str, run: Callable[[], int]) -> int:
     from mst_fx.commands.models import UsageError
     from mst_fx.config import NothingChunkedError, OptionError
+    from mst_fx.regions.promise_check import PromiseError
     from mst_fx.verify import VerifyError
 
     try:
         return int(run())
     except (UsageError, OptionError) as e:
         return _tell(f"mst-fx {command}: {e}", 2)
-    except NothingChunkedError as e:
+    except (NothingChunkedError, PromiseError) as e:
         return _tell(f"mst-fx {command}: {str(e).partition(_ADVICE_OF_DYNAMO)[0]}", 1)
     except KeyboardInterrupt:
         more = "; the same command goes on from the last whole checkpoint" if command == "finetune" else ""
@@ -70,7 +72,7 @@ def _parser(bench_too: bool) -> argparse.ArgumentParser:
     diff.add_argument("--html", metavar="FILE", help="write the page too")
     diff.add_argument("--check", action="store_true", help="run it: compare with plain and fp64; status 1 if worse")
     diff.add_argument("--compiler", choices=["aot_eager", "inductor"], help="what compiles both for --check")
-    diff.add_argument("--tolerance", type=float, help="how much larger our relative error may be, for --check")
+    diff.add_argument("--tolerance", type=_share, help="how much larger our relative error may be, for --check")
     diff.set_defaults(run=lambda args: importlib.import_module("mst_fx.commands.show").run_diff(args))
     commands.add_parser(
         "finetune", help="fine-tune a causal LM at a long context; takes Trainer's flags", add_help=False
@@ -124,6 +126,16 @@ def _at_least(least: int) -> Callable[[str], int]:
 
     parse.__name__ = "int"
     return parse
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+_share.__name__ = "float"
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import mst_fx
 from mst_fx import cli, pipeline
 from mst_fx.commands import show
 from mst_fx.verify import VerifyError
@@ -50,6 +51,17 @@ def wrong_inputs():
 
 def wrong_shape():
     return SwiGLU(), (torch.randn(2, 23, 5),)
+
+
+class Mixing(SwiGLU):
+    """Breaks the promise that is made for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + x.flip(1))
+
+
+def promising():
+    return mst_fx.tokenwise(Mixing()), (torch.randn(2, 23, 16),)
 
 
 def dropping():
@@ -120,6 +132,17 @@ def test_check(capsys, monkeypatch) -> None:
     assert json.loads(capsys.readouterr().out)["check"]["culprit"]["path"] == "blocks.1"
 
 
+@pytest.mark.parametrize("tolerance", ["-1", "nan", "inf"])
+def test_a_tolerance_is_a_number_of_0_or_more(tolerance: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["diff", *ENTRY, "--check", "--tolerance", tolerance])
+
+
+def test_passes_are_switched_off_by_a_list_of_names(capsys) -> None:
+    assert cli.main(["explain", *ENTRY, "--option", "disable=chunk_mlp,chunk_loss"]) == 0
+    assert "0 of 0 regions" in capsys.readouterr().out
+
+
 def entry(name: str) -> list[str]:
     return ["--entry", f"tests.test_cli:{name}"]
 
@@ -139,10 +162,15 @@ BAD = {
     "set": (["--hf", "llama", "--set", "hiden_size=8"], "no config value 'hiden_size'. Did you mean 'hidden_size'"),
     "set form": (["--hf", "llama", "--set", "hidden_size"], "not of the form NAME=VALUE"),
     "no LM": (["--hf", "vit"], "Transformers has no causal LM of this type"),
-    "option": ([*ENTRY, "--option", "chunk_token=8"], "Did you mean 'chunk_tokens'"),
+    "option": ([*ENTRY, "--option", "chunk_token=8"], "Did you mean 'mst.chunk_tokens'"),
     "option value": ([*ENTRY, "--option", "chunk_tokens=0"], "use 'auto' or an int"),
     "device": (["--hf", "llama", "--device", "nowhere"], "--device nowhere can't be used"),
     "fake device": (["--hf", "llama", "--device", "nowhere", "--fake"], "with --fake leave it out"),
+    "meta device": (["--hf", "llama", "--device", "meta"], "--fake is what traces without memory"),
+    "positions": (["--hf", "gpt2", "--fake", "--seq-len", "2048"], "gpt2 has 1024 positions (`transformer.wpe`)"),
+    "tokens": (["--hf", "llama", "--fake", "--seq-len", "9" * 23], "tokens of 32000 can't be made"),
+    "vocabulary": (["--hf", "gpt2", "--fake", "--set", "vocab_size=0"], "tokens of 0 can't be made"),
+    "promise": ([*entry("promising"), "--option", "verify_tokenwise=true"], "is not token-wise"),
     "out": ([*ENTRY, "--out", "/no/such/folder/x"], "can't be written: No such file"),
 }
 
@@ -151,7 +179,7 @@ BAD = {
 def test_bad_input(case: str, capsys) -> None:
     args, message = BAD[case]
     for command in ("explain", "diff"):
-        assert cli.main([command, *args]) == 2
+        assert cli.main([command, *args]) == (1 if case == "promise" else 2)
         error = capsys.readouterr().err
         assert error.startswith(f"mst-fx {command}: ")
         assert message in error

@@ -185,9 +185,22 @@ def test_a_finished_training_is_not_gone_on_with(models, tmp_path, text, capfd):
     checkpoint = tmp_path / "out" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2, "epoch": 1.0}')
+    (tmp_path / "out" / "model.safetensors").write_text("trained")
     assert main(command(models("llama"), tmp_path, text)) == 0
     assert "is the end of this training: nothing to do" in capfd.readouterr().err
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-2", "model.safetensors"]
+
+
+def test_the_model_of_a_training_killed_at_its_end_is_saved(models, tmp_path, text, capfd):
+    argv, out = [*command(models("llama"), tmp_path, text), "--save_steps", "1"], tmp_path / "out"
+    assert main(argv) == 0
+    whole = (out / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "loss.png"):
+        (out / name).unlink()
+    assert main(argv) == 0
+    assert "of which no model was saved: done now" in capfd.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert (out / "loss.png").exists()
 
 
 # -- launchers ---------------------------------------------------------------------------------------
@@ -349,6 +362,8 @@ def mistakes(models, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00" * 400)
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("x = 1\ny = 2\n")
     shutil.copytree(model, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     return {
         "there is no such file": ["--dataset", str(tmp_path / "absent.txt")],
@@ -376,6 +391,13 @@ def mistakes(models, tmp_path):
         "need --low_rank_training True": ["--lora_alpha", "32"],
         "the rank of adapters is at least 1": ["--low_rank_training", "True", "--lora_r", "0"],
         "between 0 and 1": ["--validation_share", "2"],
+        "every line would be a document": ["--dataset", str(tmp_path / "texts")],
+        "--learning_rate -1.0: at least 0": ["--learning_rate", "-1"],
+        "--per_device_train_batch_size 0: at least 1": ["--per_device_train_batch_size", "0"],
+        "that is no training": ["--max_steps", "-1", "--num_train_epochs", "0"],
+        "--optim adamw_bnb_8bit: ImportError": ["--optim", "adamw_bnb_8bit"],
+        "--report_to wandb: RuntimeError": ["--report_to", "wandb"],
+        "--cache_dir": ["--cache_dir", str(short / "cache")],
         "can't be written to": ["--output_dir", str(short / "out")],
     }
 

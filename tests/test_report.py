@@ -278,3 +278,7 @@ torch.compile(LanguageModel(SwiGLU()), backend="mst", options=options)(**token_i
     assert "forward of body" in text
     (diff,) = tmp_path.glob("torch_compile_debug/*/mst_fx/diff_1.txt")
     assert "backward of body" in diff.read_text()
+
+
+def test_the_public_face_is_listed() -> None:
+    assert {"explain", "reports", "minisequence", "tokenwise"} <= set(dir(mst_fx))

@@ -57,6 +57,10 @@ def run_bench(args: argparse.Namespace) -> int:
     """
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; install the extra: pip install 'mst_fx[demo]'")
+    if args.rows:
+        given = [n for n in ("out", "systems", "lengths", "minutes", "set", "option") if getattr(args, n)]
+        if given:
+            raise UsageError(f"--rows shows saved rows and runs nothing: --{given[0]} does not go with it")
     saved = load_rows(Path(args.rows)) if args.rows else None
     question = read_question(args) if saved is None else saved[0]
     if question.name != args.question:

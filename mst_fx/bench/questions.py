@@ -17,7 +17,7 @@ import torch
 
 from mst_fx.bench.systems import SYSTEMS
 from mst_fx.bench.works import SHAPES, check_sizes, flops_of, flops_of_own, sizes_of
-from mst_fx.commands.models import DTYPES, UsageError
+from mst_fx.commands.models import DTYPES, UsageError, find_entry
 from mst_fx.config import Config, did_you_mean
 from mst_fx.measure import MALLOC_ENV, matmul_slowdown, prepare_compiler
 
@@ -130,7 +130,10 @@ def _check(question: Question, shapes: dict[str, Any]) -> None:
         token_size = "tokens" if "tokens" in sizes_of(question.work) else "seq_len"
         raise UsageError(f"--lengths goes with `length`; for {question.name}: --set {token_size}=N")
     Config.parse({f"mst.{k}": v for k, v in question.options.items()})
+    if question.minutes is not None and question.minutes <= 0:
+        raise UsageError(f"--minutes {question.minutes}: more than 0")
     if "entry" in shapes:
+        find_entry(shapes["entry"])
         return
     for length in question.lengths or (None,):
         sizes = shapes if length is None else {**shapes, "seq_len": length}

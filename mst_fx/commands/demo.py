@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mst_fx.commands.models import UsageError
 from mst_fx.measure import MALLOC_ENV, keep_freed_memory, peak_over_start, prepare_compiler
 from mst_fx.plan import format_bytes
 
@@ -87,11 +88,13 @@ def run_demo(out: str, device: str | None, steps: int | None, seq_len: int | Non
     console = Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        console.print("No CUDA device here; leave out --device or use --device cpu.")
-        return 2
+        raise UsageError("no CUDA device here; leave out --device or use --device cpu")
     steps, seq_len = steps or SIZES[device]["steps"], seq_len or SIZES[device]["seq_len"]
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"--out {out}: no folder can be made there ({e.strerror or e})") from e
     console.print(
         f"A Llama of {SIZES[device]['layers']} layers on {seq_len} bytes of Python sources per step, {device}"
     )
@@ -122,9 +125,11 @@ def run_demo(out: str, device: str | None, steps: int | None, seq_len: int | Non
 def _watch(arguments: list[str], env: dict[str, str], show: Any) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "mst_fx.commands.demo", *arguments]
     rows, report = [], ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody reads yet would fill up
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process,
+    ):
         assert process.stdout is not None
-        assert process.stderr is not None
         for line in process.stdout:
             row = json.loads(line)
             if "report" in row:
@@ -132,9 +137,9 @@ def _watch(arguments: list[str], env: dict[str, str], show: Any) -> dict[str, An
             else:
                 rows.append(row)
                 show(row)
-        errors = process.stderr.read()
-    if process.returncode:
-        return {"error": errors[-4000:]}
+        if process.wait():
+            errors.seek(0)
+            return {"error": errors.read()[-4000:]}
     return {"rows": rows, "report": report}
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -94,11 +95,15 @@ def parse_options(items: list[str]) -> dict[str, Any]:
     """
     ours = set(Config.__dataclass_fields__) - {"inductor"}
     options = {f"mst.{key}" if key in ours else key: value for key, value in parse_pairs(items).items()}
+    if isinstance(options.get("mst.disable"), str):
+        options["mst.disable"] = tuple(options["mst.disable"].split(","))
     check_inductor_options(Config.parse(options))
     return options
 
 
 def _check_device(spec: ModelSpec) -> None:
+    if spec.device and spec.device.partition(":")[0] == "meta":
+        raise UsageError("--device meta: --fake is what traces without memory, for the device the model is to run on")
     try:
         torch.empty(0, device=spec.device)
     except Exception as e:
@@ -110,13 +115,12 @@ def _check_device(spec: ModelSpec) -> None:
 # -- a function of the user's ------------------------------------------------------------------------
 
 
-def _from_entry(spec: ModelSpec) -> Subject:
-    name = spec.entry or ""
-    for given, flag in ((spec.settings, "--set"), (spec.batch, "--batch"), (spec.seq_len, "--seq-len")):
-        if given:
-            raise UsageError(f"{flag} goes with --hf; the function of --entry makes its own model and inputs")
-    if spec.checkpointing:
-        raise UsageError("--checkpointing goes with --hf; turn it on in the function of --entry")
+def find_entry(name: str) -> Callable[[], Any]:
+    """Return the function that ``--entry`` names.
+
+    Raises:
+        UsageError: If there is none.
+    """
     module_name, _, function_name = name.partition(":")
     if not (module_name and function_name):
         raise UsageError(f"--entry {name!r} is not of the form package.module:function")
@@ -125,14 +129,26 @@ def _from_entry(spec: ModelSpec) -> Subject:
             module = importlib.import_module(module_name)
         except Exception as e:
             raise UsageError(f"--entry {name}: {module_name} can't be imported:\n{short_traceback(e)}") from e
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            near = did_you_mean(function_name, dir(module))
-            raise UsageError(f"--entry {name}: {module_name} has no function {function_name!r}.{near}")
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = did_you_mean(function_name, dir(module))
+        raise UsageError(f"--entry {name}: {module_name} has no function {function_name!r}.{near}")
+    return function
+
+
+def _from_entry(spec: ModelSpec) -> Subject:
+    name = spec.entry or ""
+    for given, flag in ((spec.settings, "--set"), (spec.batch, "--batch"), (spec.seq_len, "--seq-len")):
+        if given:
+            raise UsageError(f"{flag} goes with --hf; the function of --entry makes its own model and inputs")
+    if spec.checkpointing:
+        raise UsageError("--checkpointing goes with --hf; turn it on in the function of --entry")
+    function = find_entry(name)
+    with _importing_from_here():
         try:
             result = function()
         except Exception as e:
-            raise UsageError(f"--entry {name}: {function_name}() raised:\n{short_traceback(e)}") from e
+            raise UsageError(f"--entry {name}: {name.partition(':')[2]}() raised:\n{short_traceback(e)}") from e
     if not (isinstance(result, tuple) and len(result) == 2):
         raise UsageError(f"--entry {name} must return (model, inputs), got a value {_describe(result)}")
     model, inputs = result
@@ -216,8 +232,25 @@ def _from_hf(spec: ModelSpec) -> Subject:
             raise UsageError(f"--checkpointing: {first_line(e)}") from e
     vocab = config.get_text_config().vocab_size
     shape = (spec.batch or 1, spec.seq_len or 1024)
-    ids = torch.randint(0, vocab, shape, device=spec.device or "cpu")
+    _check_positions(spec, model, shape[1])
+    try:
+        ids = torch.randint(0, vocab, shape, device=spec.device or "cpu")
+    except Exception as e:
+        raise UsageError(
+            f"--hf {spec.hf}: {shape[0]} x {shape[1]} tokens of {vocab} can't be made: {first_line(e)}"
+        ) from e
     return Subject(model, (), {"input_ids": ids, "labels": ids})
+
+
+def _check_positions(spec: ModelSpec, model: torch.nn.Module, length: int) -> None:
+    """Refuse a length for which a table of positions has no rows; rotary and relative ones have no table."""
+    for name, table in model.named_modules():
+        is_table = isinstance(table, torch.nn.Embedding) and re.search(r"(^|\.)wpe$|position", name)
+        if is_table and "relative" not in name and table.num_embeddings < length:  # pyright: ignore
+            raise UsageError(
+                f"--seq-len {length}: {spec.hf} has {table.num_embeddings} positions (`{name}`); take fewer tokens, or "  # pyright: ignore
+                "--set max_position_embeddings"
+            )
 
 
 def _config(spec: ModelSpec, folder: pathlib.Path) -> Any:

@@ -25,6 +25,7 @@ from mst_fx.diff.graph_diff import Hunk, hunks
 from mst_fx.diff.page import check_writable, page_text
 from mst_fx.diff.render import memory, saved_text
 from mst_fx.dry_run import explain
+from mst_fx.regions.promise_check import PromiseError
 from mst_fx.report import Report
 from mst_fx.verify import VerifyError
 
@@ -100,7 +101,7 @@ def _report(args: argparse.Namespace) -> tuple[Report, Subject]:
     _progress("tracing it")
     try:
         return explain(subject.model, options)(*subject.args, **subject.kwargs), subject
-    except NothingChunkedError:
+    except (NothingChunkedError, PromiseError):
         raise
     except Exception as e:
         inner = getattr(e, "inner_exception", None)  # of Dynamo's BackendCompilerFailed
@@ -111,10 +112,11 @@ def _report(args: argparse.Namespace) -> tuple[Report, Subject]:
 
 def _check(args: argparse.Namespace, subject: Subject) -> Check:
     options = parse_options(args.option)
+    compiler = args.compiler or options.get("mst.compiler", "aot_eager")
     try:
         return check(
             subject.model, subject.args, subject.kwargs,
-            options=options, compiler=args.compiler or "aot_eager", tolerance=args.tolerance, progress=_progress,
+            options=options, compiler=compiler, tolerance=args.tolerance, progress=_progress,
         )  # fmt: skip
     except IncomparableError as e:
         raise UsageError(f"--check: {e}") from e

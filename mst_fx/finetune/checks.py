@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from mst_fx.commands.models import UsageError, first_line
 from mst_fx.finetune.arguments import ModelArguments
@@ -26,7 +27,7 @@ def load_config(args: ModelArguments) -> Any:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(f"--model_name_or_path {name}: the folder has no config.json")
-        if not any(p.stat().st_size for pattern in _WEIGHTS for p in folder.glob(pattern)):
+        if not is_saved(name):
             raise UsageError(f"--model_name_or_path {name}: the folder has no weights ({' or '.join(_WEIGHTS)})")
     elif looks_like_path(name):
         raise UsageError(f"--model_name_or_path {name}: there is no such folder")
@@ -65,8 +66,37 @@ def load_tokenizer(args: ModelArguments, config: Any) -> Any:
     return tokenizer
 
 
-def make_folder(name: str) -> None:
-    """Make the folder for what is trained, and see that it can be written to.
+def is_saved(folder: str) -> bool:
+    """Whether a folder holds the weights of a model, or of adapters."""
+    found = (p for pattern in _WEIGHTS for p in Path(folder).glob(pattern) if p.name != "training_args.bin")
+    return any(p.stat().st_size for p in found)
+
+
+def check_training(training: TrainingArguments) -> None:
+    """Refuse what Trainer would stumble over once the data is packed and the model loaded.
+
+    Raises:
+        UsageError: If a number makes no sense, or an optimizer or a tracker is not installed.
+    """
+    for name, least in (("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1), ("learning_rate", 0)):
+        value = getattr(training, name)
+        if value < least:
+            raise UsageError(f"--{name} {value}: at least {least}")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise UsageError(f"--num_train_epochs {training.num_train_epochs}: that is no training")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as e:
+        raise UsageError(f"--optim {getattr(training.optim, 'value', training.optim)}: {first_line(e)}") from e
+    try:
+        for tracker in get_reporting_integration_callbacks(training.report_to):
+            tracker()
+    except Exception as e:
+        raise UsageError(f"--report_to {' '.join(training.report_to)}: {first_line(e)}") from e
+
+
+def make_folder(flag: str, name: str) -> None:
+    """Make a folder that a flag names, and see that it can be written to.
 
     Raises:
         UsageError: If it can't.
@@ -77,7 +107,7 @@ def make_folder(name: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise UsageError(f"--output_dir {name}: can't be written to ({e.strerror or e})") from e
+        raise UsageError(f"--{flag} {name}: can't be written to ({e.strerror or e})") from e
 
 
 def looks_like_path(name: str) -> bool:

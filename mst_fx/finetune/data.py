@@ -33,7 +33,7 @@ class Source:
     """Where text is, as plain values: they are what packed data is kept under."""
 
     kind: str
-    """"stdlib", "text", "jsonl", "parquet" or "hub"."""
+    """"stdlib", "text", "jsonl", "parquet", "folder" or "hub"."""
     path: str = ""
     column: str = ""
     cache_dir: str | None = None
@@ -73,9 +73,14 @@ def find_source(dataset: str | None, column: str, cache_dir: str | None = None) 
         builder = datasets.load_dataset_builder(dataset, cache_dir=cache_dir)
     except Exception as e:
         raise UsageError(f"--dataset {dataset}: neither a file here nor a dataset on the hub ({first_line(e)})") from e
+    if path.is_dir() and builder.name == "text":
+        raise UsageError(
+            f"--dataset {dataset}: of a folder of text files every line would be a document; join them to one file, or "
+            "write one document a line as JSON (.jsonl)"
+        )
     if builder.info.features:
         _check_column(dataset, column, builder.info.features)
-    return Source("hub", dataset, column, cache_dir, stamp=str(builder.hash))
+    return Source("folder" if path.is_dir() else "hub", dataset, column, cache_dir, stamp=str(builder.hash))
 
 
 def file_stamp(path: Path) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import mst_fx
 from mst_fx.commands.models import DTYPES, UsageError, first_line, parse_options
 from mst_fx.finetune.arguments import ModelArguments, parse
 from mst_fx.finetune.attention import choose_attention
-from mst_fx.finetune.checks import load_config, load_tokenizer, make_folder
+from mst_fx.finetune.checks import check_training, is_saved, load_config, load_tokenizer, make_folder
 from mst_fx.finetune.data import collate, find_source, pack, tokenizer_stamp
 from mst_fx.measure import highest_memory
 from mst_fx.recipe import has_checkpointing, minisequence
@@ -30,7 +30,7 @@ def run_finetune(argv: Sequence[str]) -> int:
     """Fine-tune, save the model and the plot under ``--output_dir``; returns the exit status.
 
     Raises:
-        UsageError: On a mistake in the command line; nothing was loaded onto a device by then.
+        UsageError: On a mistake in the command line; no step was made by then.
     """
     args, training = parse(argv)
     options = _backend_options(args)
@@ -45,19 +45,23 @@ def run_finetune(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(args, config)
     source = find_source(args.dataset, args.text_column, args.cache_dir)
     checkpoint = None if args.overwrite_output_dir else _checkpoint(training)
-    if checkpoint and _is_finished(training, checkpoint):
+    finished = checkpoint is not None and _is_finished(training, checkpoint)
+    if finished and is_saved(training.output_dir or "."):
         say(f"{checkpoint} is the end of this training: nothing to do (--overwrite_output_dir True starts anew)")
         return 0
-    make_folder(training.output_dir or ".")
+    make_folder("output_dir", training.output_dir or ".")
+    if args.cache_dir:
+        make_folder("cache_dir", args.cache_dir)
+    check_training(training)
     say(f"dataset: {source}")
     with training.main_process_first(desc="packing"):
         stamp = f"{mst_fx.__version__} {tokenizer_stamp(tokenizer.name_or_path)}"
         data = pack(source, tokenizer, args.model_max_length, args.cache_dir, stamp)
     train, held_out = _split(data, args, training)
     say(f"{len(train):,} sequences of {args.model_max_length:,} tokens to train on")
-    say(sentence)
 
     model = _load_model(args, config, dtype, attention)
+    say(sentence)
     if training.gradient_checkpointing and not has_checkpointing(model):
         say("this model has no gradient checkpointing")
         training.gradient_checkpointing = False
@@ -70,9 +74,14 @@ def run_finetune(argv: Sequence[str]) -> int:
     )  # fmt: skip
     if training.fsdp and not trainer.is_fsdp_enabled:
         say("--fsdp does nothing here: accelerate shards on accelerators alone, so each process has the whole model")
-    if checkpoint:
-        say(f"going on from {checkpoint} (--overwrite_output_dir True starts anew)")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and finished:
+        say(f"{checkpoint} is the end of this training, of which no model was saved: done now")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    else:
+        if checkpoint:
+            say(f"going on from {checkpoint} (--overwrite_output_dir True starts anew)")
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
