@@ -247,6 +247,11 @@ class LazyLogits(torch.Tensor):
                 return super().__torch_function__(func, types, args, kwargs)
             if func in (torch.Tensor.detach, torch.detach):
                 return LazyLogits(lazy._deferred, lazy.shape, lazy.device, False)
+            if func is torch.Tensor.__repr__:
+                try:  # to be looked at, an output need not have values any more
+                    return repr(lazy.materialize())
+                except RuntimeError as e:
+                    return f"<logits {[*lazy.shape]} {lazy.dtype}: {e}>"
             dtype = _cast(func, lazy, args, kwargs)
             if dtype is not None and (cast := _recast(lazy, dtype)) is not None:
                 return cast

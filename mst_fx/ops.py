@@ -25,6 +25,8 @@ from mst_fx.body import Backward, InputSpec, Term
 from mst_fx.plan import chunk_bounds
 from mst_fx.sums import Sum
 
+SEED_STEP = 7919
+"""Added to the seed from one chunk to the next; any step but 0 would do."""
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 """A loop allocates per chunk and may draw masks: under ``mode="reduce-overhead"`` Inductor captures around it."""
 
@@ -284,4 +286,4 @@ def _as_compiled(specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) ->
 
 
 def _chunk_seed(seed: torch.Tensor | None, chunk: int) -> list[torch.Tensor]:
-    return [] if seed is None else [seed + chunk * 7919]
+    return [] if seed is None else [seed + chunk * SEED_STEP]

@@ -102,6 +102,7 @@ def test_raises_after_the_weights_have_changed() -> None:
     torch.optim.SGD(model.parameters(), 0.1).step()
     with pytest.raises(RuntimeError, match=r"weights.*changed.*mst\.logits"):
         out.logits.sum()
+    assert "changed" in str(out.logits)
 
 
 def test_a_clone_has_memory_of_its_own() -> None:

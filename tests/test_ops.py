@@ -159,12 +159,13 @@ def test_names_follow_the_sources_that_answer_to_them(monkeypatch: pytest.Monkey
     assert swiglu_body(torch.float64).digest("map") != before
 
 
-def test_a_body_for_short_chunks_does_not_serve_those_that_count_in_64_bits() -> None:
+def test_a_body_serves_chunks_of_about_its_size_alone() -> None:
     body = swiglu_body(torch.float32)
     widest = max(s for spec in body.inputs for s in spec.shape if isinstance(s, int))
     near = 2**31 // widest
-    assert _size_class(body, 1024) == _size_class(body, 2048) == 0
-    assert len({_size_class(body, n) for n in (1024, near // 2, near, 2 * near)}) == 4
+    assert _size_class(body, 1024) == _size_class(body, 2047)
+    sizes = (1024, 4096, 8192, near // 2, near - 1, near, near + 1, 2 * near)
+    assert len({_size_class(body, n) for n in sizes}) == len(sizes)
 
 
 def test_double_backward_is_refused() -> None:

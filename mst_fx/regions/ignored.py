@@ -76,7 +76,8 @@ class _Reader:
             of: Any = self.of(node.args[0])
             return of if isinstance(of, bool) else self.call(node.target, (of, *node.args[1:]), node.kwargs)  # pyright: ignore
         if isinstance(node.target, torch._ops.OpOverload) and is_pointwise(node.target):
-            return self.spread(self.all(*node.args, *node.kwargs.values()), node)
+            found = self.all(*node.args, *node.kwargs.values())
+            return self.spread(found, node) if len(node.all_input_nodes) > 1 else found
         return False
 
     def of(self, value: Any) -> Dropped:
@@ -145,9 +146,10 @@ def _extremum(wins: Any, r: _Reader, node: fx.Node) -> Dropped:
 
 
 def _reduced(r: _Reader, node: fx.Node) -> Dropped:
-    of = r.of(node.args[0])
-    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    return of if isinstance(of, bool) else r.call(aten.all.dims, (of, node.args[1], kept))
+    x, *dims = node.args
+    of = r.of(x)
+    kept = dims[1] if len(dims) > 1 else node.kwargs.get("keepdim", False)
+    return of if isinstance(of, bool) else r.call(aten.all.dims, (of, dims[0], kept))
 
 
 def _nll(r: _Reader, node: fx.Node) -> Dropped:
