@@ -361,7 +361,7 @@ def _text(found: Check) -> Iterator[str]:
     verdict = f"{failed} of {len(found.rows)} values are worse than plain's" if failed else "as near to fp64 as plain"
     yield f"check ({found.compiler}, tolerance {found.slack:.1e}): {verdict}"
     title = "relative error against fp64"
-    width = max(len(title), *(len(r.name) for r in found.rows))
+    width = max([len(title), *(len(r.name) for r in found.rows)])
     yield f"  {'':6}{title:<{width}}  plain    ours     worst element: plain, ours, fp64"
     for r in found.rows:
         head = f"  {'FAIL' if r.failed else 'ok':6}{r.name:<{width}}"

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mst_fx.commands.models import UsageError
 from mst_fx.measure import MALLOC_ENV, keep_freed_memory, peak_over_start, prepare_compiler
 from mst_fx.plan import format_bytes
 
@@ -84,6 +83,8 @@ def run_demo(out: str, device: str | None, steps: int | None, seq_len: int | Non
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mst_fx.commands.models import UsageError  # not above: it imports the backend, and one run is of plain Inductor
 
     console = Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
