@@ -101,8 +101,10 @@ class Promise:
             # Dynamo doesn't look into the call, so it would go on after a change of `training` or of a number such as
             # a Dropout's p. What it reads outside the call it guards on.
             guarded = {}
-            for _, child in self.module.named_modules():
-                for value in child.__dict__.values():
+            names = () if _READS_DICTS else _names_of_numbers(self.key)
+            for i, (_, child) in enumerate(self.module.named_modules()):
+                values = child.__dict__.values() if _READS_DICTS else [getattr(child, name, None) for name in names[i]]
+                for value in values:
                     if value is None or isinstance(value, (bool, int, float, str)):
                         guarded[value] = 0  # a key of a dict is a constant, never a symbolic float
             return tokenwise_call(self.key, state, args, kwargs)
@@ -115,6 +117,18 @@ class Promise:
 
     def __str__(self) -> str:
         return type(self.module).__name__
+
+
+_READS_DICTS = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperatorIssue]
+"""Whether Dynamo traces what goes over a module's ``__dict__``, and sees when something is put into it."""
+
+
+@torch.compiler.assume_constant_result
+def _names_of_numbers(key: int) -> tuple[tuple[str, ...], ...]:
+    """Return what the parts of a promised module call their numbers, by part; asked while Dynamo traces."""
+    kinds = bool | int | float | str | None
+    parts = (part for _, part in find_promise(key).module.named_modules())
+    return tuple(tuple(name for name, value in vars(part).items() if isinstance(value, kinds)) for part in parts)
 
 
 class _Inside(nn.Module):

@@ -67,7 +67,7 @@ sum_default: (float32[], bool[46], float32[61, 16]) = mst_fx.sum([flatten, view_
 getitem: float32[] = getitem(sum_default, 0)
 add_1: float32[] = add(getitem, where)
 to: float32[] = to(add_1, torch.float32)
-return (to,)""",
+return (to,)""",  # noqa: E501
     )
 
 
