@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from mst_fx.graph import called_name, fake, needs_grad, node_name, storages, tensors_in
 from mst_fx.inductor import fake_mode_of, storage_of, symbolic_sizes
@@ -163,6 +163,20 @@ def draws(node: fx.Node) -> bool:
     if name == "dropout" and 0 in (node.kwargs.get("p"), *node.args[1:2]):
         return False
     return name == "normal" or any(word in name for word in _DRAWS)
+
+
+def communicates(node: fx.Node) -> bool:
+    """Whether a node talks to other ranks, which must find it at the same place among its like, and as often.
+
+    Whatever has to do with a tensor subclass counts: a DTensor's methods may.
+    """
+    target: Any = node.target
+    named = getattr(target, "namespace", None) or getattr(target, "__module__", None) or ""
+    packet = getattr(target, "_qualified_op_name", "")
+    if any("c10d" in word or word.startswith("torch.distributed") for word in (str(named), str(packet))):
+        return True
+    values = (v for n in (node, *node.all_input_nodes) for v in tensors_in(fake(n)))
+    return any(map(is_traceable_wrapper_subclass, values))
 
 
 # -- nodes with graphs of their own --------------------------------------------------------------------

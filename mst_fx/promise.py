@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 M = TypeVar("M", bound=nn.Module)
 
 _KEYS = itertools.count()
-_PROMISES: weakref.WeakValueDictionary[int, Promise] = weakref.WeakValueDictionary()
+_PROMISES: weakref.WeakValueDictionary[str, Promise] = weakref.WeakValueDictionary()
 
 
 def tokenwise(module: M) -> M:
@@ -44,17 +44,24 @@ def tokenwise(module: M) -> M:
         statistic of the batch, attention) gives other numbers when it is chunked.
 
     Args:
-        module: The module; ``forward`` must trace without reading values (no loop over ``nonzero``).
+        module: The module; ``forward`` must trace without reading values (no loop over ``nonzero``) and keep nothing
+            in attributes.
 
     Raises:
         TypeError: If it is no ``nn.Module``.
-        ValueError: If a tensor in it is neither parameter nor buffer.
+        ValueError: If a tensor in it is neither parameter nor buffer, or a module of it has two names.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"mst_fx.tokenwise takes an nn.Module, got {type(module).__name__}")
     if isinstance(module.__dict__.get("forward"), Promise):
         return module
-    for path, child in module.named_modules():
+    names: dict[nn.Module, str] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        if names.setdefault(child, path) != path:
+            raise ValueError(
+                f"mst_fx.tokenwise: `{names[child]}` and `{path}` are one module, of which torch.func.functional_call "
+                "would leave the wrong weights behind. Keep it under one name."
+            )
         for name, value in vars(child).items():
             if isinstance(value, torch.Tensor):
                 where = f"{path}.{name}".lstrip(".")
@@ -78,7 +85,7 @@ class Promise:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module: nn.Module = state["module"]
         self.original: Callable[..., Any] | None = state["original"]
-        self.key = next(_KEYS)
+        self.key = f"promise {next(_KEYS)}"  # of a number Dynamo would make a symbol
         _PROMISES[self.key] = self
 
     @property
@@ -115,6 +122,25 @@ class Promise:
         given = {f"module.{name}": tensor for name, tensor in state.items()}
         return torch.func.functional_call(_Inside(self), given, args, kwargs)
 
+    def trace(self, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+        """Run it on fake tensors.
+
+        Raises:
+            ValueError: If that leaves something in an attribute: a compiled call would not, or not that.
+        """
+        before = [(part, {**vars(part)}) for part in self.module.modules()]
+        kept: list[str] = []
+        try:
+            result = self.run(state, args, kwargs)
+        finally:
+            for part, known in before:
+                kept += [k for k, v in vars(part).items() if not _is_same(known.get(k, self), v)]
+                vars(part).clear()
+                vars(part).update(known)
+        if kept:
+            raise ValueError(f"its forward keeps something in `{kept[0]}`")
+        return result
+
     def __str__(self) -> str:
         return type(self.module).__name__
 
@@ -124,11 +150,15 @@ _READS_DICTS = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperatorIss
 
 
 @torch.compiler.assume_constant_result
-def _names_of_numbers(key: int) -> tuple[tuple[str, ...], ...]:
+def _names_of_numbers(key: str) -> tuple[tuple[str, ...], ...]:
     """Return what the parts of a promised module call their numbers, by part; asked while Dynamo traces."""
     kinds = bool | int | float | str | None
     parts = (part for _, part in find_promise(key).module.named_modules())
     return tuple(tuple(name for name, value in vars(part).items() if isinstance(value, kinds)) for part in parts)
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    return old is new or (isinstance(new, bool | int | float | str) and type(old) is type(new) and old == new)
 
 
 class _Inside(nn.Module):
@@ -142,7 +172,7 @@ class _Inside(nn.Module):
         return self.run(*args, **kwargs)
 
 
-def find_promise(key: int) -> Promise:
+def find_promise(key: str) -> Promise:
     """Return a promise that is still alive.
 
     Raises:
@@ -155,11 +185,12 @@ def find_promise(key: int) -> Promise:
 
 
 @torch.compiler.allow_in_graph
-def tokenwise_call(key: int, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+def tokenwise_call(key: str, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
     """Run a promised module on tensors handed in: what Dynamo leaves as one node."""
     promise = find_promise(key)
+    is_fake = any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((state, args, kwargs)))
     try:
-        return promise.run(state, args, kwargs)
+        return (promise.trace if is_fake else promise.run)(state, args, kwargs)
     except Exception as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         warnings.warn(
@@ -167,7 +198,7 @@ def tokenwise_call(key: int, state: dict[str, torch.Tensor], args: Any, kwargs: 
             f"chunked ({type(e).__name__}: {first})",
             stacklevel=2,
         )
-        if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((state, args, kwargs))):
+        if not is_fake:
             raise
         # Of the errors met while it traces Dynamo breaks the graph at some only; this is one of them.
         raise UnsupportedOperatorException(str(promise)) from e

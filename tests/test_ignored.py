@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import mst_fx
 from tests.harness import chunked
-from tests.parts import SMALL, H, Parts, T, by_name
+from tests.parts import SMALL, H, Parts, T, V, by_name
 
 IGNORED = torch.full((T,), -100)
 MASK = IGNORED != -100
@@ -86,6 +86,10 @@ def entropy_where(s: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.where(MASK[:, None], p * p.exp(), 0.0).sum(-1).sum() / MASK.sum()
 
 
+def squares(s: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(torch.where(MASK[:, None], s.head(x), 0.0), torch.ones(T, V), reduction="sum") / MASK.sum()
+
+
 def masked_entropy(s: Any, x: torch.Tensor) -> torch.Tensor:
     p = s.head(x).log_softmax(-1)
     return ((p * p.exp()).sum(-1) * MASK).sum() / MASK.sum()
@@ -101,7 +105,7 @@ def smoothed(s: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 ZERO = by_name(*((fn, "loss") for fn in (masked_mean, guarded, where, where_of_two, filled, focal, clipped_ratio, ppo,
-                                         hinge, entropy_where, smoothed)))  # fmt: skip
+                                         hinge, entropy_where, squares, smoothed)))  # fmt: skip
 INFINITE = by_name(*((fn, "loss") for fn in (where_of_two_with_gradients, ppo_unclipped, masked_entropy, some_counted)))
 
 

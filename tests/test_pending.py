@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from tests.harness import chunked, error
-from tests.parts import LABELS, SMALL, H, I, T, V, by_name, same
+from tests.harness import chunked, error, reasons
+from tests.parts import LABELS, SMALL, H, I, Parts, T, V, by_name, same
 
 
 def slice_under_no_grad(s: Any, x: torch.Tensor) -> torch.Tensor:
@@ -161,3 +164,97 @@ def test_equal_layers_of_two_kinds_side_by_side(frozen: str) -> None:
             assert parameter.grad is not None
             assert error(parameter.grad, plain[name]) < 1e-12
     assert chunked(mst_fx.reports()[-1], "mlp") == 4
+
+
+# -- switches right in front of the loss ---------------------------------------------------------------
+
+
+def loss_behind_autocast(s: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        z = s.head(x)
+    return F.cross_entropy(z, LABELS)
+
+
+def loss_within_autocast(s: Any, x: torch.Tensor) -> torch.Tensor:
+    z = s.head(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        return F.cross_entropy(z, LABELS)
+
+
+def mean_within_autocast(s: Any, x: torch.Tensor) -> torch.Tensor:
+    losses = F.cross_entropy(s.head(x), LABELS, reduction="none")
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        return losses.mean()
+
+
+@pytest.mark.parametrize("fn", [loss_behind_autocast, loss_within_autocast, mean_within_autocast])
+def test_a_loss_at_a_switch_of_autocast(fn: Callable[..., Any]) -> None:
+    """Nodes of the graph that switch a mode are not to be run: later autocasts would keep casts of old weights."""
+    same(fn, "loss")
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(linear(x))
+        with torch.no_grad():
+            linear.weight.mul_(3)
+            linear.bias.mul_(3)
+    torch.testing.assert_close(found[1], 3 * found[0], rtol=0.1, atol=0.1)
+
+
+# -- logits with a metric, and a loss elsewhere --------------------------------------------------------
+
+
+def test_logits_that_may_be_trained_on_elsewhere_stay() -> None:
+    def metric_beside(s: Any, x: torch.Tensor) -> Any:
+        z = s.head(x)
+        with torch.no_grad():
+            return z, (z.argmax(-1) == LABELS).double().mean()
+
+    found = []
+    for options in (None, SMALL):
+        torch.manual_seed(0)
+        model, x = Parts(metric_beside), torch.randn(T, H)
+        z, accuracy = (torch.compile(model, backend="mst", options=options) if options else model)(x)
+        F.cross_entropy(z, LABELS).backward()
+        found.append((accuracy, model.head.weight.grad))
+    torch.testing.assert_close(found[1], found[0])
+    assert "compute the loss inside the compiled function" in reasons(mst_fx.reports()[-1])
+
+
+# -- other ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Any:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_sums_over_ranks_keep_their_order(group: Any) -> None:
+    """Ranks pair them by it, and each decides for itself what it chunks."""
+
+    def logged_first(s: Any, x: torch.Tensor) -> Any:
+        losses = F.cross_entropy(s.head(x), LABELS, reduction="none")
+        logged = funcol.all_reduce(losses.detach().sum(), "sum", group)
+        count = funcol.all_reduce((LABELS != -100).sum(), "sum", group)
+        return (losses / count).sum(), logged / count
+
+    report = same(logged_first, "loss")
+    first, second = (n for n in report.graphs[0].after.graph.nodes if "all_reduce" in str(n.target))
+    assert first.meta["example_value"].is_floating_point()
+    assert not second.meta["example_value"].is_floating_point()
+
+
+def test_frozen_weights_are_gathered_in_front_of_the_loop(group: Any) -> None:
+    def gathered(s: Any, x: torch.Tensor) -> torch.Tensor:
+        up, down = (funcol.all_gather_tensor(m.weight, 0, group).double() for m in (s.up, s.down))
+        return F.linear(F.gelu(F.linear(x, up)), down)
+
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    report = mst_fx.explain(Parts(gathered).requires_grad_(False), SMALL)(x)
+    assert chunked(report, "mlp")
+    assert all("gather" not in body.forward for body in report.bodies)
+    assert sum("all_gather" in str(n.target) for n in report.graphs[0].after.graph.nodes) == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import mst_fx
 from tests.harness import DEVICE, EAGER, check_exact, chunked, reasons
@@ -356,3 +357,39 @@ def test_constants_of_another_shape_are_another_body() -> None:
     x = torch.randn(2, 13, H)
     torch.testing.assert_close(torch.compile(model, backend="mst", options=OPTIONS)(x), model(x))
     assert chunked(mst_fx.reports()[-1], "mlp") == 2
+
+
+def test_modules_compiled_on_their_own() -> None:
+    x = torch.randn(2, 13, H)
+    for module in [mst_fx.tokenwise(Function(lambda s, x: s.down(F.gelu(s.up(x))))) for _ in range(3)]:
+        torch.testing.assert_close(torch.compile(module, backend="mst", options=OPTIONS)(x), module(x))
+        assert chunked(mst_fx.reports()[-1], "mlp")
+
+
+def kept(s, x):
+    h = F.gelu(s.up(x))
+    s.aux = h.detach().mean()
+    return s.down(h)
+
+
+def kept_number(s, x):
+    s.aux = x.shape[0]
+    return s.down(F.gelu(s.up(x)))
+
+
+@pytest.mark.parametrize("fn", [kept, kept_number])
+def test_a_module_that_keeps_something_is_left_to_eager(fn) -> None:
+    module, x = Function(fn), torch.randn(2, 13, H)
+    module.aux = None
+    with pytest.warns(UserWarning, match="its forward keeps something in `aux`"):
+        y = torch.compile(mst_fx.tokenwise(module), backend="mst", options=OPTIONS)(x)
+    assert not isinstance(module.aux, FakeTensor)
+    assert float(module.aux) == float(F.gelu(module.up(x)).mean() if fn is kept else 2)
+    torch.testing.assert_close(y, module(x))
+
+
+def test_a_part_under_two_names_cannot_be_declared() -> None:
+    module = Function(lambda s, x: s.down(F.gelu(s.alias(x))))
+    module.alias = module.up
+    with pytest.raises(ValueError, match="`up` and `alias` are one module"):
+        mst_fx.tokenwise(module)

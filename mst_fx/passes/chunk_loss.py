@@ -22,7 +22,7 @@ from torch import fx
 
 from mst_fx.context import Context, Graph
 from mst_fx.effects import change_after
-from mst_fx.graph import fake_tensor, storages, stride_order
+from mst_fx.graph import fake_tensor, needs_grad, storages, stride_order
 from mst_fx.inductor import storage_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.regions.chunking import chunk_folded, chunk_region, skipped
@@ -39,6 +39,12 @@ _LOGITS_NOTES = {
     "keep": "; returned logits are kept",
     "drop": "; returned logits are dropped",
 }
+
+
+_NO_LOSS = (
+    "the logits are returned and no loss is computed from them in this graph; if you train on them, compute "
+    "the loss inside the compiled function, without a graph break between"
+)
 
 
 def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
@@ -98,6 +104,8 @@ def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
 
 def _attempt(lifted: Lifted, graph: Graph, context: Context) -> RegionReport:
     region = lifted.region
+    if not lifted.trains and context.config.logits == "lazy" and any(needs_grad(v) for v, _ in region.leaving):
+        return skipped(region, _NO_LOSS, lifted)
     logits = _read_logits(region, graph, context)
     if isinstance(logits, Mismatch):
         return skipped(region, logits.reason, lifted)
@@ -121,11 +129,7 @@ def check_loss(region: Region, graph: Graph) -> Mismatch | None:
     if not region.terminals and region.leaving:
         if region.problems:
             return Mismatch(f"not legal: {region.problems[0].reason}", region.source)
-        return Mismatch(
-            "the logits are returned and no loss is computed from them in this graph; if you train on them, compute "
-            "the loss inside the compiled function, without a graph break between",
-            region.source,
-        )
+        return Mismatch(_NO_LOSS, region.source)
     if region.problems:
         return Mismatch(f"not legal: {region.problems[0].reason}", region.source)
     if region.leaving and graph.checkpointed:

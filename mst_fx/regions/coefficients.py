@@ -135,6 +135,7 @@ class _Writer:
 
     def __init__(self, graph: fx.Graph, place: fx.Node, lifted: Lifted, fake_mode: Any, wide: torch.dtype) -> None:
         self.graph, self.place, self.lifted, self.fake_mode, self.wide = graph, place, lifted, fake_mode, wide
+        self.known = set(graph.nodes)
 
     def weight(self, term: Term) -> Any:
         """Apply the transposes of the steps to 1."""
@@ -232,8 +233,9 @@ class _Writer:
         """Give new nodes their fake values."""
         new: list[fx.Node] = []
         node = self.place.prev
-        while node.op != "root" and "example_value" not in node.meta and "mst_region" not in node.meta:
+        while node not in self.known:
             new.append(node)
+            self.known.add(node)
             node = node.prev
         for node in reversed(new):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])

@@ -30,7 +30,7 @@ Dropped = bool | fx.Node
 
 _NO_GRADIENT = {aten.detach, aten.zeros_like, aten.ones_like, aten.full_like, aten.eq, aten.ne, aten.lt, aten.le,
                 aten.gt, aten.ge, aten.logical_and, aten.logical_or, aten.logical_not, aten.isnan, aten.sign,
-                aten.floor, aten.ceil, aten.round, aten.trunc}  # fmt: skip
+                aten.floor, aten.ceil, aten.round, aten.trunc, aten.argmax, aten.argmin}  # fmt: skip
 _PICKS = {aten.select, aten.slice, aten.unsqueeze, aten.squeeze, aten.view, aten.reshape, aten.permute, aten.transpose,
           aten.expand, aten.gather}  # fmt: skip
 
@@ -157,6 +157,12 @@ def _nll(r: _Reader, node: fx.Node) -> Dropped:
     return r.compare(aten.eq, labels, ignore_index) if reduction == 0 else False
 
 
+def _elements(r: _Reader, node: fx.Node) -> Dropped:
+    a, b, *rest = node.args
+    unreduced = 0 in (node.kwargs.get("reduction"), *rest[:1])
+    return r.spread(r.both(r.of(a), r.of(b)), node) if unreduced else False
+
+
 _RULES: dict[Any, Callable[[_Reader, fx.Node], Dropped]] = {
     aten.where: _where,
     aten.masked_fill: _masked_fill,
@@ -169,6 +175,7 @@ _RULES: dict[Any, Callable[[_Reader, fx.Node], Dropped]] = {
     aten.sum: _reduced,
     aten.mean: _reduced,
     aten.nll_loss_forward: _nll,
+    **dict.fromkeys((aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss), _elements),
     # The loss's second result is a weight without a gradient; of other ops one result may go on where another ends.
     operator.getitem: lambda r, n: r.of(n.args[0]) if _is_loss(n.args[0]) else r.of(n.args[0]) is True,
 }

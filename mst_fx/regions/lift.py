@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.effects import change_after, is_in_place
+from mst_fx.effects import change_after, communicates, is_in_place
 from mst_fx.graph import (
     fake,
     fake_tensor,
@@ -159,6 +159,8 @@ class Lifter:
                 continue
             if is_in_place(current) or isinstance(current.target, torch._ops.HigherOrderOperator):
                 return []
+            if communicates(current):
+                return []  # once per chunk would be more often than other ranks do
             chain.append(current)
             stack += current.all_input_nodes
         held = set().union(*(storages(n) for c in chain for n in (c, *c.all_input_nodes)))

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mst_fx import ops
-from mst_fx.effects import draws, is_in_place, mutated_storages
+from mst_fx.effects import communicates, draws, is_in_place, mutated_storages
 from mst_fx.graph import (
     fake,
     fake_tensor,
@@ -157,7 +157,7 @@ def _sources(lifted: Lifted) -> set[fx.Node]:
 def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Move values that come late (labels shaped for a loss behind a metric) in front of ``place``.
 
-    Only what is computed from what is there already, without a gradient and without autocast.
+    Only what is computed from what is there already, without a gradient, autocast and other ranks.
     """
     moved: set[fx.Node] = set()
     switched = any(is_autocast_switch(n) for n in graph.nodes)
@@ -168,6 +168,8 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
             continue
         values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
         if not values or any(v.requires_grad for v in values) or is_in_place(node) or draws(node):
+            return False
+        if communicates(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
         if any(is_differentiable(v.dtype) for v in values) and (
             switched or any(needs_grad(n) for n in node.all_input_nodes)
