@@ -139,6 +139,7 @@ def test_a_function_that_dynamo_does_not_trace_is_noted() -> None:
     assert "LSTM" in str(report.notes)
 
 
+@pytest.mark.slow
 def test_nothing_is_chunked_under_the_cpp_wrapper() -> None:
     model, inputs = SwiGLU(), torch.randn(2, 23, 16)
     fn = torch.compile(model, backend="mst", options={"mst.chunk_tokens": 8, "cpp_wrapper": True})

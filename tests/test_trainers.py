@@ -84,7 +84,7 @@ def same_weights(model, other, tolerance):
         assert error(ours[name], theirs[name].double()) <= tolerance, name
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fp32", "bf16"])
 def test_trainer(tmp_path, bf16):
     """Accumulation with num_items_in_batch, checkpointing, clipping, evaluation with metrics on returned logits."""
     more = {"bf16": bf16, "eval_strategy": "steps", "eval_steps": 2}
