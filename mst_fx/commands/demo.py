@@ -84,7 +84,7 @@ def run_demo(out: str, device: str | None, steps: int | None, seq_len: int | Non
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mst_fx.commands.models import UsageError  # not above: it imports the backend, and one run is of plain Inductor
+    from mst_fx.commands.models import UsageError  # not above: it imports Inductor, a part of what is timed
 
     console = Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -131,7 +131,7 @@ def _between(r: _Reader, node: fx.Node, x: Any, low: Any, high: Any) -> Dropped:
     for op, bound in ((aten.ge, low), (aten.le, high)):
         if bound is not None:
             passes = r.both(passes, r.compare(op, x, bound))
-    dropped = True if passes is False else r.call(aten.logical_not.default, (passes,)) if passes is not True else False
+    dropped = r.call(aten.logical_not.default, (passes,)) if isinstance(passes, fx.Node) else False
     return r.spread(r.either(dropped, r.of(x)), node)
 
 
