@@ -17,15 +17,16 @@ Two forces pull at the chunk size ``C``:
   65536 tokens in chunks of 4096 and 8192, its head of 8192 in chunks of 512 and 1024), with sums in bf16 about 600.
   That product is a third of a head's time and some quarter of an MLP's: chunks of 4096 cost a tenth at most.
 
-``auto`` lets a chunk cost about as much as what exists anyway, for less would save little:
+``auto`` lets a chunk cost about as much as what exists anyway (on a GPU two thirds of it), for less would save little:
 
-    target = power of two nearest to (accumulators + T * narrow) / wide
-    C      = greatest power of two <= target, T / 2, most_tokens,
+    target = size nearest to (accumulators + T * narrow) / wide
+    C      = greatest size <= target, T / 2, most_tokens,
              and such that accumulators + C * wide <= 3/4 T * wide and <= T * wide - MIN_SAVED_BYTES
 
-and leaves the region alone where that is below ``least_tokens``. Every bound grows with ``T``, so a longer
-sequence never gets smaller chunks, and one that is longer than a chunked one is chunked. It is never more than three
-quarters of the bytes without chunks.
+and leaves the region alone where that is below ``least_tokens``. Sizes are powers of two; on a GPU also two thirds of
+these, rounded up, which cut as many tokens evenly: on an H200 the products of Llama-3-8B's head took the same time in six
+chunks of 1366 tokens as in four of 2048. Every bound grows with ``T``, so a longer sequence never gets smaller chunks,
+and one that is longer than a chunked one is chunked. It is never more than three quarters of the bytes without chunks.
 """
 
 from __future__ import annotations
@@ -101,10 +102,16 @@ def plan_chunks(
             f"which saves less than {format_bytes(least_saved)}"
         )
     anyway = (accumulator_bytes + tokens * narrow_bytes) / max(wide_bytes, 1)
-    target = 2 ** round(math.log2(max(anyway, 1)))
+    target = anyway if device == "cpu" else anyway * 2 / 3
     most = min(tokens // 2, most_tokens(kind, device), int(room // max(wide_bytes, 1)))
-    size = max(least, min(target, most))
-    return _plan(tokens, 1 << (size.bit_length() - 1), wide_bytes, accumulator_bytes)
+    sizes = [n for n in _sizes(device) if least <= n <= most]
+    size = min(sizes, key=lambda n: abs(math.log2(n / max(target, 1))))
+    return _plan(tokens, size, wide_bytes, accumulator_bytes)
+
+
+def _sizes(device: str) -> list[int]:
+    powers = [2**n for n in range(8, 15)]
+    return powers if device == "cpu" else sorted([*powers, *(-(-2 * n // 3) for n in powers)])
 
 
 def most_tokens(kind: str, device: str) -> int:

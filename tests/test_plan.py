@@ -54,7 +54,7 @@ def test_auto_never_plans_more_memory_than_before(tokens: int, **region: Any) ->
     assert plan.bytes_after <= 0.75 * plan.bytes_before
     assert plan.bytes_before - plan.bytes_after >= MIN_SAVED_BYTES
     assert plan.num_chunks >= 2
-    assert plan.chunk_tokens.bit_count() == 1
+    assert plan.chunk_tokens.bit_count() == 1 or (region["device"] == "cuda" and plan.chunk_tokens * 3 % 2**11 <= 2)
     least = least_tokens(region["kind"], region["device"], region["itemsize"], region["wider_sums"])
     assert least <= plan.chunk_tokens <= most_tokens(region["kind"], region["device"])
 
@@ -125,7 +125,7 @@ def test_known_shapes() -> None:
 
     assert "not worthwhile" in head(8192, 4)  # the peak of both is two weights and a half
     assert [head(n, 4).chunk_tokens for n in (16384, 65536)] == [4096, 4096]
-    assert head(8192, 2).chunk_tokens == 2048
+    assert [head(n, 2).chunk_tokens for n in (8192, 16384)] == [1366, 2048]  # six even chunks: 1.5 GB at their peak
     assert head(65536, 4).bytes_after < 4 * gib
     assert "not worthwhile" in mlp(8192)
     assert [mlp(n).chunk_tokens for n in (16384, 65536)] == [4096, 8192]
