@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 MINUTES = 8.0
 STEPS = 3
 MORE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "head": ({}, {"chunk_tokens": 512}, {"chunk_tokens": 1024}),
+    "head": ({}, {"chunk_tokens": 1024}, {"chunk_tokens": 2048}),
     "mlp": ({}, {"chunk_tokens": 4096}),
 }
 """What ours is measured with by ``--together``."""

@@ -68,6 +68,8 @@ class Body:
     has_seed: bool
     tells_ignored: bool = False
     """Whether its last output tells the tokens that a loss leaves out; see ``regions/ignored.py``."""
+    weight: int | None = None
+    """The shared input, a number, that the first output of every row is multiplied by and that nothing else reads."""
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -86,7 +88,8 @@ class Body:
         version of this package must not answer to it.
         """
         versions = [torch.__version__, own_sources()]
-        text = "\n".join([self.graph.code, repr(self.chunked), repr(self.shared), *versions, repr(settings)])
+        inputs = [repr(self.chunked), repr(self.shared), repr(self.weight)]
+        text = "\n".join([self.graph.code, *inputs, *versions, repr(settings)])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

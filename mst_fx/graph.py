@@ -235,21 +235,25 @@ _SET_GRAD, _INFERENCE = "_set_grad_enabled", ("_enter_inference_mode", "_exit_in
 def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """Return for every node which grad-mode switches are in force there; equal states are equal modes."""
     states: dict[fx.Node, Any] = {}
-    mode: Any = None
-    inference = 0
+    mode, inference = True, False
+    outer: list[tuple[bool, bool]] = []
     for node in module.graph.nodes:
         name = node_name(node)
         if name == _SET_GRAD:
-            mode = node.args[0]
-        elif name in _INFERENCE:
-            inference += 1 if name == _INFERENCE[0] else -1
-        states[node] = (mode is not False, inference)
+            mode = node.args[0] is not False
+        elif name == _INFERENCE[0]:
+            outer.append((mode, inference))
+            inference = node.args[:1] != (False,)
+            mode = not inference  # `inference_mode(False)` switches gradients on as well, under `no_grad` too
+        elif name == _INFERENCE[1] and outer:
+            mode, inference = outer.pop()
+        states[node] = (mode, inference)
     return states
 
 
 def records_gradients(state: Any) -> bool:
     """Whether gradients are recorded in a state of ``grad_states``; where none is known they are."""
-    return state in (None, (True, 0))
+    return state in (None, (True, False))
 
 
 def storages(node: fx.Node) -> set[int]:

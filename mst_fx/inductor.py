@@ -244,7 +244,7 @@ def compile_graph(
     """Compile the outer graph as ``backend="inductor"`` (or "aot_eager") would."""
     with _partitioner_settings(chunked):
         if compiler == "aot_eager":
-            return aot_autograd(fw_compiler=_boxed_eager)(graph, inputs)
+            return aot_autograd(fw_compiler=_boxed_eager, keep_inference_input_mutations=True)(graph, inputs)
         if not chunked:
             return compile_fx(graph, inputs, config_patches=options or None)  # pyright: ignore
         # Inductor would reorder by its own count of live bytes, which knows nothing of what a loop needs inside.

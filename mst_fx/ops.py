@@ -14,6 +14,7 @@ Memory: outputs, one chunk's values, and an accumulator per trained weight.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ class CompiledBody:
     accumulate: str
     tells_ignored: bool = False
     """Whether the last output tells tokens to which no gradient comes, however large it is behind the loss."""
+    weight: int | None = None
+    """The shared input that is split; see NOTE [a weight that rounds nothing]."""
     graph: fx.GraphModule | None = None
     """The forward as it was traced, for estimates; None in one that has none."""
 
@@ -69,12 +72,19 @@ def map_op(
     assert found.forward is not None
     tokens, outs = chunked[0].shape[0], _empty(found.outputs, chunked[0])
     weights = _as_compiled(found.shared, shared)
-    for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
-        results = found.forward(*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i))
-        for out, result in zip(outs, results, strict=True):
-            out[start:end].copy_(result)
-        del results
+    with _no_autocast(chunked[0].device.type):
+        for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
+            results = found.forward(*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i))
+            for out, result in zip(outs, results, strict=True):
+                out[start:end].copy_(result)
+            del results
     return outs
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast: its casts are in the body, and AOTAutograd leaves on what began later."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 @map_op.register_fake
@@ -96,7 +106,8 @@ def map_backward_op(
     chunk_tokens: int,
 ) -> list[torch.Tensor]:
     """Recompute a body chunk by chunk and return the gradients of the inputs that need one, in order."""
-    return _run_backward(BODIES[body], chunked, shared, seed, tangents, chunk_tokens, None)
+    with _no_autocast(chunked[0].device.type):
+        return _run_backward(BODIES[body], chunked, shared, seed, tangents, chunk_tokens, None)
 
 
 @map_backward_op.register_fake
@@ -148,8 +159,9 @@ def sum_op(
     found = BODIES[body]
     total: list[torch.Tensor] = []
     others = _empty(found.outputs[1:], chunked[0])
-    gradients = _run_backward(found, chunked, shared, seed, (), chunk_tokens, total, others)
-    return [torch.stack(total).sum() if total else _zero(chunked[0], found), *others, *gradients]
+    with _no_autocast(chunked[0].device.type):
+        gradients = _run_backward(found, chunked, shared, seed, (), chunk_tokens, total, others)
+    return [total[0] if total else _zero(chunked[0], found), *others, *gradients]
 
 
 @sum_op.register_fake
@@ -183,7 +195,7 @@ def _sum_backward(ctx: Any, grads: Any) -> Any:
     if found.tells_ignored:  # of nothing but such tokens no gradient comes, though the loss be divided by a count of 0
         nothing = gradients.pop(0) & ~upstream.isfinite()
         upstream = torch.where(nothing, torch.zeros_like(upstream), upstream)
-    scaled = [(g * upstream).to(g.dtype) for g in gradients]
+    scaled = [_times(g, upstream).to(g.dtype) for g in gradients]
     return *_spread(found, scaled, n, m), None, None, None
 
 
@@ -193,6 +205,19 @@ MAP, SUM = torch.ops.mst_fx.map.default, torch.ops.mst_fx.sum.default
 
 
 # -- loops -------------------------------------------------------------------------------------------
+
+# NOTE [a weight that rounds nothing] The gradient of cross entropy is nearly -1 at a token's label, and all else is
+# small. Times 1 / count, that is no bf16 number: each is rounded, by as much as the sum over all tokens in the end. So
+# the loop multiplies by the power of two in the weight alone, and sums, which are wider, by the rest before they are
+# rounded.
+
+
+def _split(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a power of two and what makes it the weight; 0 and what is not finite are left as they are."""
+    rest = torch.frexp(weight).mantissa
+    power = weight / rest
+    good = power.isfinite() & (power != 0)
+    return torch.where(good, power, weight), torch.where(good, rest, torch.ones_like(rest))
 
 
 def _run_backward(
@@ -214,19 +239,29 @@ def _run_backward(
         for p, terms in plan.shared.items()
         for t in terms
     }
-    weights = _as_compiled(found.shared, shared)
+    weights, factor = _as_compiled(found.shared, shared), None
+    if found.weight is not None:
+        weights[found.weight], factor = _split(weights[found.weight])
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
         inputs = [*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)]
-        _take_chunk(found, found.backward(*inputs), rows, sums, totals, others, slice(start, end))
+        _take_chunk(found, found.backward(*inputs), rows, sums, totals, others, slice(start, end), factor)
+    if totals:
+        totals[:] = [_times(torch.stack(totals).sum(), factor)]
     gradients = [rows[i] for i in plan.chunked]
     for position, terms in plan.shared.items():
-        gradients.append(_finish(terms, sums, shared[position]))
+        gradients.append(_finish(terms, sums, shared[position], factor))
     return gradients
 
 
+def _times(value: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """Multiply in the wider dtype: as a number the factor would be rounded to the value's first."""
+    return value if factor is None else value.to(torch.promote_types(value.dtype, factor.dtype)) * factor
+
+
 def _take_chunk(
-    found: CompiledBody, results: Any, rows: Any, sums: dict[int, Sum], totals: Any, others: Any, chunk: slice
-) -> None:
+    found: CompiledBody, results: Any, rows: Any, sums: dict[int, Sum], totals: Any, others: Any, chunk: slice,
+    factor: torch.Tensor | None,
+) -> None:  # fmt: skip
     """Put one chunk's results where they belong. A function, so that its wide values die before the next chunk."""
     plan = found.plan
     assert plan is not None
@@ -235,17 +270,19 @@ def _take_chunk(
     for i, other in enumerate(others, start=1):
         other[chunk].copy_(results[i])
     for position, output in plan.chunked.items():
-        rows[position][chunk].copy_(results[output])
+        rows[position][chunk].copy_(_times(results[output], factor))
     for terms in plan.shared.values():
         for term in terms:
             total, values = sums[id(term)], [results[o] for o in term.outputs]
             total.add_product(*values) if len(values) == 2 else total.add(*values)
 
 
-def _finish(terms: tuple[Term, ...], sums: dict[int, Sum], like: torch.Tensor) -> torch.Tensor:
+def _finish(
+    terms: tuple[Term, ...], sums: dict[int, Sum], like: torch.Tensor, factor: torch.Tensor | None
+) -> torch.Tensor:
     gradient = None
     for term in terms:
-        total = sums.pop(id(term)).result()
+        total = sums.pop(id(term)).result(factor)
         if total is None:
             continue
         laid = total if term.layout is None else term.layout(total)

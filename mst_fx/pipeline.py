@@ -167,6 +167,7 @@ def copy_graph(module: fx.GraphModule, kept: Collection[str] | None = None) -> f
     for old, new in mapping.items():
         if kept is None:
             new.meta = {**old.meta, "mst_origin": old.name}
+            new.meta.pop("grapharg", None)  # Dynamo drops its own: it refers to the input, which then can't be swapped
             keep_source(old, new)
         else:
             new.meta = {k: old.meta[k] for k in kept if k in old.meta}

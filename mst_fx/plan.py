@@ -24,9 +24,10 @@ Two forces pull at the chunk size ``C``:
              and such that accumulators + C * wide <= 3/4 T * wide and <= T * wide - MIN_SAVED_BYTES
 
 and leaves the region alone where that is below ``least_tokens``. Sizes are powers of two; on a GPU also two thirds of
-these, rounded up, which cut as many tokens evenly: on an H200 the products of Llama-3-8B's head took the same time in six
-chunks of 1366 tokens as in four of 2048. Every bound grows with ``T``, so a longer sequence never gets smaller chunks,
-and one that is longer than a chunked one is chunked. It is never more than three quarters of the bytes without chunks.
+these, rounded up, which cut as many tokens evenly: on an H200 the products of Llama-3-8B's head took the same time in
+six chunks of 1366 tokens as in four of 2048. Every bound grows with ``T``, so a longer sequence never gets smaller
+chunks, and one that is longer than a chunked one is chunked. It is never more than three quarters of the bytes without
+chunks.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Sum:
     """
 
     def __init__(self, dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> None:
-        self._dtype = sum_dtype(dtype, accumulate, shape)
+        self._given, self._dtype = dtype, sum_dtype(dtype, accumulate, shape)
         self._shape, self._device = tuple(shape), device
         self._total: torch.Tensor | None = None
         self._rest: torch.Tensor | None = None
@@ -89,12 +89,27 @@ class Sum:
         else:
             self._add_widened(total, a, b, first)
 
-    def result(self) -> torch.Tensor | None:
-        """Return the sum, which nothing may be added to any more; None where there were no parts."""
+    def result(self, factor: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the sum, which nothing may be added to any more; None where there were no parts.
+
+        Args:
+            factor: A number it is multiplied by before it is rounded.
+        """
         total, rest, self._total, self._rest = self._total, self._rest, None, None
-        if total is not None and rest is not None:
+        if total is None:
+            return None
+        if rest is not None:
+            space = _two_pieces()
             for upper, lower in _pieces(total.view(torch.int16), rest):
-                upper.view(torch.bfloat16).copy_(_joined(upper, lower).view(torch.float32))
+                wide = _join(upper, lower, space)[0].view(torch.float32)
+                upper.view(torch.bfloat16).copy_(wide if factor is None else wide.mul_(factor))
+        elif factor is not None and total.dtype == factor.dtype:
+            narrow = total if total.is_cpu else torch.empty_like(total, dtype=self._given)
+            torch.mul(total, factor, out=narrow)  # on a GPU multiplied and rounded in one go
+            return narrow
+        elif factor is not None:
+            for (piece,) in _pieces(total):
+                piece.copy_(piece.to(factor.dtype) * factor)
         return total
 
     # NOTE [fp32 sums on a CPU] No CPU product of bf16 factors adds into fp32. Where the CPU multiplies bf16 fast, a
@@ -124,21 +139,29 @@ class Sum:
         assert self._total is not None
         if self._rest is None:
             self._rest = torch.zeros(self._shape, dtype=torch.uint8, device=self._device)
+        space = _two_pieces()
         for upper, lower, new in _pieces(self._total.view(torch.int16)[rows], self._rest[rows], part):
-            bits = _joined(upper, lower)
-            bits.view(torch.float32).add_(new)
+            bits, other = _join(upper, lower, space)
+            bits.view(torch.float32).add_(other.view(torch.float32).copy_(new))
             bits.add_(0x80)  # to the nearest; a NaN of the parts has zeros there, so that it does not overflow
-            lower.copy_(bits >> 8)  # the lowest eight bits of that
-            upper.copy_(bits.bitwise_right_shift_(16))
+            lower.copy_(torch.bitwise_right_shift(bits, 8, out=other))  # the lowest eight bits of that
+            upper.copy_(other.bitwise_right_shift_(8))
 
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     yield from zip(*(t.view(-1).split(ADDED_ELEMENTS) for t in tensors), strict=True)
 
 
-def _joined(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Return the bits of fp32 numbers whose first 24 are given, as int32."""
-    return upper.to(torch.int32).bitwise_left_shift_(16).add_(lower.to(torch.int32), alpha=0x100)
+def _two_pieces() -> torch.Tensor:
+    """Return memory to work on a piece in: an allocation for every step would take longer than the step."""
+    return torch.empty(2, ADDED_ELEMENTS, dtype=torch.int32)
+
+
+def _join(upper: torch.Tensor, lower: torch.Tensor, space: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bits of fp32 numbers whose first 24 are given, as int32, and as much memory besides."""
+    bits, other = space[:, : upper.numel()].unbind()
+    bits.copy_(upper).bitwise_left_shift_(8).add_(other.copy_(lower)).bitwise_left_shift_(8)
+    return bits, other
 
 
 def _add_cast(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:

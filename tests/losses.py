@@ -239,6 +239,13 @@ def aux_between_accuracy_and_losses(s: Any, x: Tensor, labels: Tensor) -> Any:
     return {"loss": loss, "accuracy": correct}
 
 
+def slice_of_a_slice(s: Any, x: Tensor, labels: Tensor) -> Any:
+    """As TRL takes the logits of completions: shifted, then the last of them."""
+    logits = s.head(s.norm(x))[:, :-1][:, -9:] / 0.7
+    picked = logits.log_softmax(-1).gather(-1, labels[:, 1:][:, -9:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -picked.mean()
+
+
 def accuracy_and_slice(s: Any, x: Tensor, labels: Tensor) -> Any:
     logits = s.head(x)
     shifted, target = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
@@ -377,6 +384,7 @@ LOSSES: dict[str, tuple[Loss, int, str]] = {
         (accuracy_before_several_losses, 1, "backward"),
         (aux_between_accuracy_and_losses, 1, "backward"),
         (accuracy_and_slice, 1, "forward"),
+        (slice_of_a_slice, 1, "forward"),
         (entropy_logged, 1, "forward"),
         (grpo, 1, "forward"),
         (gspo, 1, "backward"),

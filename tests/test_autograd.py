@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from tests.harness import EAGER
+from tests.harness import DEVICE, EAGER, chunked
 from tests.models import LanguageModel, SwiGLU, token_inputs
 from tests.versions import require, thaws_parameters
 
@@ -17,7 +17,7 @@ OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
 
 
 def compiled(model: Any, **kwargs: Any) -> Callable[..., Any]:
-    return torch.compile(model, backend="mst", options=OPTIONS, **kwargs)
+    return torch.compile(model, backend="mst", **{"options": OPTIONS, **kwargs})
 
 
 def both(model: nn.Module, run: Callable[[Callable[..., Any]], Any], **kwargs: Any) -> None:
@@ -304,3 +304,107 @@ def test_anomaly_mode() -> None:
     with torch.autograd.detect_anomaly():
         both(model, lambda fn: fn(**inputs).backward())
     assert len(mst_fx.reports()[-1].chunked) == 2
+
+
+class Clipped(torch.autograd.Function):
+    """A gradient that is not linear in the one that comes to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.clamp(-1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("where", ["logits", "losses", "hidden states"])
+@pytest.mark.parametrize("forming", ["auto", "forward"])
+def test_gradients_of_the_users_own_see_the_scale_of_the_loss(where: str, forming: str) -> None:
+    torch.manual_seed(8)
+    model, inputs = LanguageModel(SwiGLU()).double(), token_inputs()
+
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = model.norm(model.embed(ids))
+        logits = model.head(Clipped.apply(hidden) if where == "hidden states" else hidden).flatten(0, 1)
+        logits = Clipped.apply(logits) if where == "logits" else logits
+        losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        return (Clipped.apply(losses) if where == "losses" else losses).mean()
+
+    options = {**OPTIONS, "mst.loss_gradient": forming}
+    for scale in (1.0, 0.25, 1024.0):
+        found = []
+        for fn in (loss_of, torch.compile(loss_of, backend="mst", options=options)):
+            model.zero_grad(set_to_none=True)
+            (fn(**inputs) * scale).backward()
+            found.append([p.grad for p in (model.head.weight, model.embed.weight)])
+        assert chunked(mst_fx.reports()[-1], "loss") == 1
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad])
+def test_inference_mode_that_is_switched_off_records_gradients(outer: Callable[..., Any]) -> None:
+    """``with torch.inference_mode(not self.training)``; under ``no_grad`` it switches gradients on, too."""
+    torch.manual_seed(9)
+    model, inputs = LanguageModel(SwiGLU()).double(), token_inputs()
+
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with outer():
+            hidden = model.norm(model.embed(ids))
+            with torch.inference_mode(not model.training):
+                logits = model.head(hidden).flatten(0, 1)
+                return F.cross_entropy(logits, labels.flatten())
+
+    found = []
+    for fn in (loss_of, compiled(loss_of)):
+        model.zero_grad(set_to_none=True)
+        fn(**inputs).backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    assert chunked(mst_fx.reports()[-1], "loss") == 1
+    assert found[0]["head.weight"] is not None
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_autocast_that_begins_after_the_forward_is_not_the_loops() -> None:
+    torch.manual_seed(10)
+    model, inputs = LanguageModel(SwiGLU()), token_inputs()
+    found = []
+    for outer in (False, True):
+        model.zero_grad(set_to_none=True)
+        fn = compiled(model)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=outer):
+            with torch.autocast(DEVICE, enabled=False):
+                loss = fn(**inputs)
+            loss.backward()
+        assert len(mst_fx.reports()[-1].chunked) == 2
+        found.append({n: p.grad for n, p in model.named_parameters() if not n.startswith("norm")})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-3)
+
+
+def test_compiled_parameters_can_be_swapped() -> None:
+    """A weak reference to one would forbid what ``.to()`` and ``load_state_dict`` do with tensor subclasses."""
+    model = LanguageModel(SwiGLU())
+    fn = compiled(model)
+    fn(**token_inputs()).backward()
+    model.zero_grad(set_to_none=True)
+    assert len(mst_fx.reports()[-1].chunked) == 2
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert fn(**token_inputs()).dtype == torch.float64
+
+
+def test_a_parameter_that_only_changes_gets_no_gradient() -> None:
+    torch.manual_seed(11)
+    model = LanguageModel(SwiGLU())
+
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            model.norm.weight.mul_(0.5)
+        return F.cross_entropy(model.head(model.embed(ids)).flatten(0, 1), labels.flatten())
+
+    compiled(loss_of)(**token_inputs()).backward()
+    assert chunked(mst_fx.reports()[-1], "loss") == 1
+    assert model.norm.weight.grad is None

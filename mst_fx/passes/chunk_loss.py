@@ -152,7 +152,8 @@ def _choose_op(lifted: Lifted, graph: Graph, context: Context) -> tuple[Lifted, 
         return lifted, "map", ""
     summed = sum_lifted(lifted, context.fake_mode)
     if summed is None:
-        return lifted, "map", "" if setting == "auto" else " (the loss is no single scalar sum)"
+        why = " (the loss is no single scalar sum, or has a gradient of your own)"
+        return lifted, "map", "" if setting == "auto" else why
     return summed, "sum", ""
 
 

@@ -148,12 +148,19 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         ) from e
     BODIES[name] = CompiledBody(
         body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate,
-        body.tells_ignored, traced,
+        body.tells_ignored, body.weight if op == "sum" and _rounds_less(body, config.accumulate) else None, traced,
     )  # fmt: skip
     _CODE[name] = context.bodies[name] = BodyCode(
         name, body_code(traced), body_code(backward.graph) if backward else ""
     )
     return name
+
+
+def _rounds_less(body: Body, accumulate: str) -> bool:
+    """Whether splitting the weight of a sum rounds its gradients less; see NOTE [a weight that rounds nothing]."""
+    trained = [s for s in body.shared if s.needs_grad]
+    wide = all(sum_itemsize(s.dtype, accumulate, s.shape, s.device) > 2 for s in trained)
+    return wide and any(s.dtype == torch.bfloat16 for s in trained)
 
 
 _CODE: dict[str, BodyCode] = {}

@@ -4,7 +4,8 @@
  -> w = 1 / count; rows = ce rows * w + z rows * 1e-3 / T; loss = mst_fx.sum(rows) + aux
 
 The weights are computed in front of the scalar, from what is there anyway: counts, masks, factors. A mean alone
-has one too: gradients that were rounded to bf16 before they are divided would be rounded twice.
+has one too: gradients that were rounded to bf16 before they are divided would be rounded twice. Where it is one number
+for all tokens the loop is told (``Body.weight``): it has ways to round less.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from mst_fx.regions.region import region_key
 from mst_fx.regions.rewrite import erase_dead, find_place, size_of, token_count
 from mst_fx.regions.tail import Scalar, Step, Tail, Term, find_scalar
 from mst_fx.report import Mismatch
+from mst_fx.rowform.custom import has_own_gradient
 from mst_fx.rowform.rows import MixesTokensError, Row, aten
 
 
 def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
     """Return the region with its tail: its first output is the scalar; None where there is no such scalar.
+
+    There is none either where a gradient is of the user's own making: it may be another for a scaled loss.
 
     The region's nodes grow by those of the tail, and weights are computed in front of the scalar (``built``);
     nothing is left of either where it fails.
@@ -44,18 +48,20 @@ def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
     graph, nodes = region.module.graph, list(region.nodes)
     before = set(graph.nodes)
     region.nodes += scalar.rows
-    dead = scalar.dead
+    dead, weight = scalar.dead, None
     try:
         main = tail.totals.get(scalar.node)
         if main is None or is_divided(main.total):
             dead = dead if scalar.node in region.nodes else (*dead, scalar.node)
-            main = _combine(tail, scalar, lifted, fake_mode)
+            main, weight = _combine(tail, scalar, lifted, fake_mode)
         summed = finish_lift(lifted.lifter, [main, *(known.get(n) or Output(n, tail.rows[n]) for n in scalar.extras)])
     except MixesTokensError:
         summed = None
     built = [n for n in graph.nodes if n not in before]
-    if summed is not None:
-        summed = dataclasses.replace(summed, body=with_ignored_tokens(summed.body), dead=list(dead), built=built)
+    if summed is not None and not has_own_gradient(summed.body.graph.graph):  # pyright: ignore[reportAttributeAccessIssue]
+        position = next((i for i, s in enumerate(summed.shared) if s.node is weight), None)
+        body = dataclasses.replace(with_ignored_tokens(summed.body), weight=position)
+        summed = dataclasses.replace(summed, body=body, dead=list(dead), built=built)
         if not isinstance(find_place(summed), Mismatch):
             return summed
     region.nodes[:] = nodes
@@ -96,8 +102,11 @@ def _between(starts: set[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> s
     return found
 
 
-def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Output:
-    """Record the weighted sum of all leaves per token; what comes from outside is added behind."""
+def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> tuple[Output, fx.Node | None]:
+    """Record the weighted sum of all leaves per token; what comes from outside is added behind.
+
+    Also return the weight of all where it is one number, made for this.
+    """
     builder, graph = tail.lifter.builder, lifted.region.module.graph
     old = fake_tensor(scalar.node)
     assert old is not None
@@ -105,6 +114,8 @@ def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Outp
     writer = _Writer(graph, scalar.node, lifted, fake_mode, wide)
     combined: fx.Node | None = None
     offsets: list[Any] = []
+    weights: list[Any] = []
+    known = set(graph.nodes)
     for term in scalar.terms:
         if not term.inside:
             offsets.append(writer.forward(term))
@@ -116,6 +127,7 @@ def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Outp
             weight, offset = writer.divided(weight, total)
             offsets += offset
         node = builder.emit(aten._to_copy.default, row.node, dtype=wide)
+        weights.append(weight)
         if isinstance(weight, fx.Node):
             value, leaf = fake_tensor(weight), fake_tensor(term.leaf)
             assert value is not None
@@ -127,7 +139,8 @@ def _combine(tail: Tail, scalar: Scalar, lifted: Lifted, fake_mode: Any) -> Outp
         combined = node if combined is None else builder.emit(aten.add.Tensor, combined, node)
     assert combined is not None
     row = Row((True,), builder.emit(aten._to_copy.default, combined, dtype=wide))
-    return Output(scalar.node, row, ValueSum(scalar.node, "sum"), tuple(offsets))
+    single = len(weights) == 1 and weights[0] not in known and ndim(weights[0]) == 0
+    return Output(scalar.node, row, ValueSum(scalar.node, "sum"), tuple(offsets)), weights[0] if single else None
 
 
 class _Writer:

@@ -35,7 +35,7 @@ class Writer:
 
     def __init__(self, place: fx.Node, fake_mode: Any) -> None:
         self.place, self.fake_mode = place, fake_mode
-        self.grad = grad_states(place.graph.owning_module)[place] == (True, 0)  # pyright: ignore
+        self.grad = grad_states(place.graph.owning_module)[place] == (True, False)  # pyright: ignore
         self.built: list[fx.Node] = []
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:

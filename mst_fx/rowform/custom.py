@@ -46,4 +46,13 @@ def row_function(
     # A body is known by its code, and its code knows this by its name.
     text = "\n".join([forward.code, backward.code, repr((num_outputs, fixed))])
     call.__name__ = call.__qualname__ = f"custom_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    call.own_gradient = True  # pyright: ignore[reportFunctionMemberAccess]
     return call
+
+
+def has_own_gradient(graph: fx.Graph) -> bool:
+    """Whether a row form calls a function of the user's own.
+
+    Its gradient need not be linear in the one that comes to it (clipped, rounded), so it must be that one.
+    """
+    return any(getattr(node.target, "own_gradient", False) for node in graph.nodes)
