@@ -10,10 +10,11 @@ from typing import Any
 
 from benchmarks.figures import replace_table
 from benchmarks.gpu import RESULTS
+from mst_fx.bench.turns import median_ratio
 
 BASE = {"head": "inductor", "mlp": "inductor+checkpoint"}
 """What a system's time and peak are divided by."""
-CELLS = ("work", "system", "ms a step", "by", "peak GiB", "by")
+CELLS = ("work", "system", "card", "ms a step", "by", "peak GB", "by")
 
 
 def main() -> None:
@@ -22,18 +23,19 @@ def main() -> None:
 
 
 def works() -> list[tuple[str, ...]]:
-    """Return the cells of head and MLP, every system by the base in the same process."""
+    """Return the cells of head and MLP, every system by the base in the same process: medians over rounds."""
     found = []
     for work, base in BASE.items():
         rows = _load(work)
         first = next(r for r in rows if r["system"] == base)
         for row in rows:
             if "reason" in row:
-                found.append((work, row["system"], row["reason"], "", "", ""))
+                found.append((work, row["system"], _card(rows), row["reason"], "", "", ""))
                 continue
             found.append((
-                work, row["system"], f"{1e3 * row['step_s']:.0f}", f"{row['step_s'] / first['step_s']:.2f}",
-                f"{row['peak_bytes'] / 2**30:.2f}", f"{row['peak_bytes'] / first['peak_bytes']:.2f}",
+                work, row["system"], _card(rows), f"{1e3 * row['step_s']:.0f}",
+                f"{median_ratio(row['steps_s'], first['steps_s']):.2f}",
+                f"{row['peak_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / first['peak_bytes']:.2f}",
             ))  # fmt: skip
     return found
 
@@ -41,14 +43,20 @@ def works() -> list[tuple[str, ...]]:
 def models() -> list[tuple[str, ...]]:
     """Return the cells of whole models: peaks with the model's own bytes, optimizer states included."""
     found = []
-    for row in [*_load("lengths"), *_load("longest")]:
-        work = f"model, S {row['seq_len']}"
-        if "reason" in row:
-            found.append((work, row["system"], row["reason"], "", "", ""))
-            continue
-        told = f"{1e3 * row['step_s']:.0f}" + ("" if row["steps_s"] else ", compiling")
-        found.append((work, row["system"], told, "", f"{row['peak_gb'] * 1e9 / 2**30:.1f}", ""))
+    for rows in (_load("lengths"), _load("longest")):
+        for row in rows:
+            named = f"model, S {row['seq_len']}", row["system"], _card(rows)
+            if "reason" in row:
+                found.append((*named, row["reason"], "", "", ""))
+                continue
+            told = f"{1e3 * row['step_s']:.0f}" + ("" if row["steps_s"] else ", compiling")
+            found.append((*named, told, "", f"{row['peak_gb']:.1f}", ""))
     return found
+
+
+def _card(rows: list[dict[str, Any]]) -> str:
+    """Return the card that rows were measured on; one that ran out of memory does not say it."""
+    return next(r["device"] for r in rows if "device" in r).removeprefix("NVIDIA ").split(" ")[0]
 
 
 def _load(name: str) -> list[dict[str, Any]]:
