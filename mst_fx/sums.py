@@ -99,12 +99,12 @@ class Sum:
         if total is None:
             return None
         if rest is not None:
-            space = _two_pieces()
+            space = _two_pieces(self._device)
             for upper, lower in _pieces(total.view(torch.int16), rest):
                 wide = _join(upper, lower, space)[0].view(torch.float32)
                 upper.view(torch.bfloat16).copy_(wide if factor is None else wide.mul_(factor))
         elif factor is not None and total.dtype == factor.dtype:
-            narrow = total if total.is_cpu else torch.empty_like(total, dtype=self._given)
+            narrow = total if total.is_cpu or total.dtype == self._given else torch.empty_like(total, dtype=self._given)
             torch.mul(total, factor, out=narrow)  # on a GPU multiplied and rounded in one go
             return narrow
         elif factor is not None:
@@ -139,7 +139,7 @@ class Sum:
         assert self._total is not None
         if self._rest is None:
             self._rest = torch.zeros(self._shape, dtype=torch.uint8, device=self._device)
-        space = _two_pieces()
+        space = _two_pieces(self._device)
         for upper, lower, new in _pieces(self._total.view(torch.int16)[rows], self._rest[rows], part):
             bits, other = _join(upper, lower, space)
             bits.view(torch.float32).add_(other.view(torch.float32).copy_(new))
@@ -152,9 +152,9 @@ def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     yield from zip(*(t.view(-1).split(ADDED_ELEMENTS) for t in tensors), strict=True)
 
 
-def _two_pieces() -> torch.Tensor:
+def _two_pieces(device: torch.device) -> torch.Tensor:
     """Return memory to work on a piece in: an allocation for every step would take longer than the step."""
-    return torch.empty(2, ADDED_ELEMENTS, dtype=torch.int32)
+    return torch.empty(2, ADDED_ELEMENTS, dtype=torch.int32, device=device)
 
 
 def _join(upper: torch.Tensor, lower: torch.Tensor, space: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -318,7 +318,20 @@ class Clipped(torch.autograd.Function):
         return grad.clamp(-1e-3, 1e-3)
 
 
-@pytest.mark.parametrize("where", ["logits", "losses", "hidden states"])
+@torch.library.custom_op("mst_tests::clipped", mutates_args=(), tags=(torch.Tag.pointwise,))
+def clipped_op(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@clipped_op.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+clipped_op.register_autograd(lambda ctx, grad: grad.clamp(-1e-3, 1e-3))
+
+
+@pytest.mark.parametrize("where", ["logits", "losses", "hidden states", "logits by an op"])
 @pytest.mark.parametrize("forming", ["auto", "forward"])
 def test_gradients_of_the_users_own_see_the_scale_of_the_loss(where: str, forming: str) -> None:
     torch.manual_seed(8)
@@ -327,7 +340,8 @@ def test_gradients_of_the_users_own_see_the_scale_of_the_loss(where: str, formin
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden = model.norm(model.embed(ids))
         logits = model.head(Clipped.apply(hidden) if where == "hidden states" else hidden).flatten(0, 1)
-        logits = Clipped.apply(logits) if where == "logits" else logits
+        own = {"logits": Clipped.apply, "logits by an op": clipped_op}
+        logits = own[where](logits) if where in own else logits
         losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
         return (Clipped.apply(losses) if where == "losses" else losses).mean()
 

@@ -73,7 +73,7 @@ def _is_sliced(region: Region) -> bool:
 
 
 def _is_slice_of(region: Region, whole: Region) -> bool:
-    return any(a.meta.get("mst_slice_of") in whole.amplifiers for a in region.amplifiers)
+    return any(not a.meta.get("mst_slice_of", set()).isdisjoint(whole.amplifiers) for a in region.amplifiers)
 
 
 def _defer_whole(region: Region, loss: RegionReport, graph: Graph, context: Context) -> RegionReport | None:

@@ -21,7 +21,7 @@ from torch import fx
 
 from mst_fx.context import Context, Graph
 from mst_fx.effects import change_after
-from mst_fx.graph import fake_tensor, grad_states, needs_grad, node_name, run_on_fakes, storages
+from mst_fx.graph import fake_tensor, grad_states, in_autocasts_of, needs_grad, node_name, run_on_fakes, storages
 from mst_fx.regions.indexing import Writer, pick_labels, slice_features, token_index
 from mst_fx.regions.joined import join_rows
 from mst_fx.regions.projections import read_projection
@@ -40,7 +40,7 @@ def normalize(graph: Graph, context: Context) -> list[RegionReport]:
         if spell_pick(node, context.fake_mode):
             continue
         found = find_token_slice(node)
-        if found is not None and not _changes(found[0]) and not strides_matter(node):
+        if found is not None and not _changes(found[0]) and not strides_matter(node) and not _enters_inference(found[0]):
             hoist_slice(graph.module.graph, node, *found, context.fake_mode)
     return []
 
@@ -134,6 +134,12 @@ def _changes(chain: list[fx.Node]) -> bool:
     return change_after(chain[-1], set().union(*(storages(n) for n in chain)))
 
 
+def _enters_inference(chain: list[fx.Node]) -> bool:
+    """Whether a slice of what the chain's amplifier reads would be a view, made in inference mode, of what is not."""
+    states = grad_states(chain[-1].graph.owning_module)  # pyright: ignore[reportArgumentType]
+    return states[chain[-1]][1] and not states[chain[-1].args[0]][1]
+
+
 def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any, fake_mode: Any) -> None:
     """Compute the chain a second time, on the sliced input of its amplifier, in place of the slice.
 
@@ -147,18 +153,19 @@ def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any
     with graph.inserting_before(chain[-1]):
         new = graph.call_function(operator.getitem, (x, index))
     new.meta["example_value"] = run_on_fakes(new, fake_mode)
-    env = {x: new}
+    env, sources = {x: new}, {chain[-1], *chain[-1].meta.get("mst_slice_of", ())}
     for old in reversed(chain):
         with graph.inserting_after(old):
             new = env[old] = graph.node_copy(old, lambda n: env.get(n, n))
         new.meta = {k: v for k, v in old.meta.items() if k == "stack_trace"}
-        new.meta["example_value"] = run_on_fakes(new, fake_mode)
+        with in_autocasts_of(old):
+            new.meta["example_value"] = run_on_fakes(new, fake_mode)
     states, pieces = grad_states(graph.owning_module), node.args[0]  # pyright: ignore[reportArgumentType]
     if needs_grad(chain[0]) and any(states[n] != states[chain[0]] for n in (node, pieces)):  # taken under no_grad
         with graph.inserting_after(new):
             new = graph.call_method("detach", (new,))
         new.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
-    env[chain[-1]].meta["mst_slice_of"] = chain[-1].meta.get("mst_slice_of", chain[-1])
+    env[chain[-1]].meta["mst_slice_of"] = sources
     chain[-1].meta["mst_sliced"] = True
     new.meta["mst_replaces"] = new.meta["example_value"] = fake_tensor(node)
     node.replace_all_uses_with(new)

@@ -51,8 +51,12 @@ def row_function(
 
 
 def has_own_gradient(graph: fx.Graph) -> bool:
-    """Whether a row form calls a function of the user's own.
+    """Whether a row form calls a function or a registered op of the user's own.
 
     Its gradient need not be linear in the one that comes to it (clipped, rounded), so it must be that one.
     """
-    return any(getattr(node.target, "own_gradient", False) for node in graph.nodes)
+    ops = [n.target for n in graph.nodes if n.op == "call_function"]
+    return any(
+        op.namespace not in ("aten", "prims") if isinstance(op, torch._ops.OpOverload) else hasattr(op, "own_gradient")
+        for op in ops
+    )
