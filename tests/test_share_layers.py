@@ -126,7 +126,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", slow_but(["llama", "gemma2"], ["llama", "gpt2", "gemma2"]))
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_models_are_exact(name: str, checkpointing: bool, shared: list[int]) -> None:
     """Alternating layers share in pairs."""
     torch.manual_seed(0)

@@ -40,7 +40,9 @@ def normalize(graph: Graph, context: Context) -> list[RegionReport]:
         if spell_pick(node, context.fake_mode):
             continue
         found = find_token_slice(node)
-        if found is not None and not _changes(found[0]) and not strides_matter(node) and not _enters_inference(found[0]):
+        if found is None or _changes(found[0]) or _enters_inference(found[0]):
+            continue
+        if not strides_matter(node):
             hoist_slice(graph.module.graph, node, *found, context.fake_mode)
     return []
 
