@@ -15,7 +15,7 @@ import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -197,7 +197,7 @@ def differentiable_outputs(body: Body) -> list[int]:
 
 
 def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
-    with torch.inference_mode(False), _no_autocast(inputs), tracing_in_mode_of(inputs):
+    with torch.inference_mode(False), no_autocast(inputs), tracing_in_mode_of(inputs):
         traced = make_fx(fn, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
     if isinstance(inputs[0].shape[0], torch.SymInt) and isinstance(concrete(inputs[0].shape[0]), int):
         raise ValueError("tracing has fixed the number of its rows, so it would be wrong for a shorter last chunk")
@@ -209,9 +209,10 @@ def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     return traced
 
 
-def _no_autocast(inputs: Sequence[Any]) -> Any:
+def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Return a context without autocast where the inputs of a body are, for it has its casts in it."""
     device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 # -- peeling -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -232,28 +232,35 @@ def is_grad_switch(node: fx.Node) -> bool:
 _SET_GRAD, _INFERENCE = "_set_grad_enabled", ("_enter_inference_mode", "_exit_inference_mode")
 
 
-def grad_states(module: fx.GraphModule) -> dict[fx.Node, Any]:
+class GradState(NamedTuple):
+    """The modes at a node of a graph, as far as its own switches tell."""
+
+    enabled: bool = True
+    inference: bool = False
+
+
+def grad_states(module: fx.GraphModule) -> dict[fx.Node, GradState]:
     """Return for every node which grad-mode switches are in force there; equal states are equal modes."""
-    states: dict[fx.Node, Any] = {}
-    mode, inference = True, False
-    outer: list[tuple[bool, bool]] = []
+    states: dict[fx.Node, GradState] = {}
+    state, outer = GradState(), list[GradState]()
     for node in module.graph.nodes:
         name = node_name(node)
         if name == _SET_GRAD:
-            mode = node.args[0] is not False
+            state = state._replace(enabled=node.args[0] is not False)
         elif name == _INFERENCE[0]:
-            outer.append((mode, inference))
+            outer.append(state)
             inference = node.args[:1] != (False,)
-            mode = not inference  # `inference_mode(False)` switches gradients on as well, under `no_grad` too
+            # `inference_mode(False)` switches gradients on as well, under `no_grad` too
+            state = GradState(not inference, inference)
         elif name == _INFERENCE[1] and outer:
-            mode, inference = outer.pop()
-        states[node] = (mode, inference)
+            state = outer.pop()
+        states[node] = state
     return states
 
 
-def records_gradients(state: Any) -> bool:
+def records_gradients(state: GradState | None) -> bool:
     """Whether gradients are recorded in a state of ``grad_states``; where none is known they are."""
-    return state in (None, (True, False))
+    return state in (None, GradState())
 
 
 def storages(node: fx.Node) -> set[int]:

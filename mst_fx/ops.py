@@ -9,12 +9,14 @@ nothing can fuse the chunks together again. A body is named by the hash of its c
 in a cached graph finds the same body in another process; the backend registers bodies before any cache is
 asked. Weight gradients are ordinary outputs, summed over chunks in one accumulator and cast once.
 
+AOTAutograd switches off an autocast that was on when it compiled, not one that began later, as around a backward: the
+loops do.
+
 Memory: outputs, one chunk's values, and an accumulator per trained weight.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Backward, InputSpec, Term
+from mst_fx.body import Backward, InputSpec, Term, no_autocast
 from mst_fx.plan import chunk_bounds
 from mst_fx.sums import Sum
 
@@ -72,19 +74,13 @@ def map_op(
     assert found.forward is not None
     tokens, outs = chunked[0].shape[0], _empty(found.outputs, chunked[0])
     weights = _as_compiled(found.shared, shared)
-    with _no_autocast(chunked[0].device.type):
+    with no_autocast(chunked):
         for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
             results = found.forward(*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i))
             for out, result in zip(outs, results, strict=True):
                 out[start:end].copy_(result)
             del results
     return outs
-
-
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context without autocast: its casts are in the body, and AOTAutograd leaves on what began later."""
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 @map_op.register_fake
@@ -106,7 +102,7 @@ def map_backward_op(
     chunk_tokens: int,
 ) -> list[torch.Tensor]:
     """Recompute a body chunk by chunk and return the gradients of the inputs that need one, in order."""
-    with _no_autocast(chunked[0].device.type):
+    with no_autocast(chunked):
         return _run_backward(BODIES[body], chunked, shared, seed, tangents, chunk_tokens, None)
 
 
@@ -159,7 +155,7 @@ def sum_op(
     found = BODIES[body]
     total: list[torch.Tensor] = []
     others = _empty(found.outputs[1:], chunked[0])
-    with _no_autocast(chunked[0].device.type):
+    with no_autocast(chunked):
         gradients = _run_backward(found, chunked, shared, seed, (), chunk_tokens, total, others)
     return [total[0] if total else _zero(chunked[0], found), *others, *gradients]
 

@@ -105,14 +105,15 @@ def plan_chunks(
     anyway = (accumulator_bytes + tokens * narrow_bytes) / max(wide_bytes, 1)
     target = anyway if device == "cpu" else anyway * 2 / 3
     most = min(tokens // 2, most_tokens(kind, device), int(room // max(wide_bytes, 1)))
-    sizes = [n for n in _sizes(device) if least <= n <= most]
-    size = min(sizes, key=lambda n: abs(math.log2(n / max(target, 1))))
+    size = min(_sizes(device, least, most), key=lambda n: abs(math.log2(n / max(target, 1))))
     return _plan(tokens, size, wide_bytes, accumulator_bytes)
 
 
-def _sizes(device: str) -> list[int]:
-    powers = [2**n for n in range(8, 15)]
-    return powers if device == "cpu" else sorted([*powers, *(-(-2 * n // 3) for n in powers)])
+def _sizes(device: str, least: int, most: int) -> list[int]:
+    sizes = [2**n for n in range(least.bit_length() - 1, most.bit_length() + 1)]
+    if device != "cpu":
+        sizes += [-(-2 * n // 3) for n in sizes]
+    return sorted(n for n in sizes if least <= n <= most)
 
 
 def most_tokens(kind: str, device: str) -> int:

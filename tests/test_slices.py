@@ -5,18 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import mst_fx
 from tests.harness import DEVICE, EAGER, chunked
+from tests.heads import ce
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
 Loss = Callable[[LanguageModel, torch.Tensor, torch.Tensor], Any]
-
-
-def ce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def cast_under_autocast(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> Any:

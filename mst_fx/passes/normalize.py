@@ -139,7 +139,7 @@ def _changes(chain: list[fx.Node]) -> bool:
 def _enters_inference(chain: list[fx.Node]) -> bool:
     """Whether a slice of what the chain's amplifier reads would be a view, made in inference mode, of what is not."""
     states = grad_states(chain[-1].graph.owning_module)  # pyright: ignore[reportArgumentType]
-    return states[chain[-1]][1] and not states[chain[-1].args[0]][1]
+    return states[chain[-1]].inference and not states[chain[-1].args[0]].inference  # pyright: ignore
 
 
 def hoist_slice(graph: fx.Graph, node: fx.Node, chain: list[fx.Node], index: Any, fake_mode: Any) -> None:

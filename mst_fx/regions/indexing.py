@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from mst_fx.effects import mutated_storages
-from mst_fx.graph import fake, fake_tensor, grad_states, node_name, run_on_fakes, storages
+from mst_fx.graph import fake, fake_tensor, grad_states, node_name, records_gradients, run_on_fakes, storages
 from mst_fx.rowform.rows import concrete, is_one, same_size
 
 Items = list[tuple[int, Any]]
@@ -35,7 +35,7 @@ class Writer:
 
     def __init__(self, place: fx.Node, fake_mode: Any) -> None:
         self.place, self.fake_mode = place, fake_mode
-        self.grad = grad_states(place.graph.owning_module)[place] == (True, False)  # pyright: ignore
+        self.grad = records_gradients(grad_states(place.graph.owning_module)[place])  # pyright: ignore
         self.built: list[fx.Node] = []
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:

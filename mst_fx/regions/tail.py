@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from mst_fx.effects import gradients_flow, is_in_place
-from mst_fx.graph import fake_tensor, grad_states, ndim, needs_grad, node_name, storages, walking
+from mst_fx.graph import fake_tensor, grad_states, ndim, needs_grad, node_name, records_gradients, storages, walking
 from mst_fx.regions.lift import Lifter, Output
 from mst_fx.regions.losses import read_total
 from mst_fx.rowform.rows import Row, same_size
@@ -146,8 +146,7 @@ class Tail:
 
     def _is_alone(self, node: fx.Node) -> bool:
         """Whether nothing but the in-place ``node`` reads what it changes, and gradients see the change."""
-        enabled, inference = grad_states(self.lifter.region.module)[node]
-        if not enabled or inference:
+        if not records_gradients(grad_states(self.lifter.region.module)[node]):
             return False
         held = storages(node.args[0])  # pyright: ignore
         before = [n for n in self.lifter.region.module.graph.nodes if n is not node and storages(n) & held]
