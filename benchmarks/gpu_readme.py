@@ -55,8 +55,9 @@ def models() -> list[tuple[str, ...]]:
 
 
 def _card(rows: list[dict[str, Any]]) -> str:
-    """Return the card that rows were measured on; one that ran out of memory does not say it."""
-    return next(r["device"] for r in rows if "device" in r).removeprefix("NVIDIA ").split(" ")[0]
+    """Return the card that rows were measured on; a row that has only a reason does not say it."""
+    named = next((r["device"] for r in rows if "device" in r), "not known")
+    return named.removeprefix("NVIDIA ").removesuffix(" 80GB HBM3")
 
 
 def _load(name: str) -> list[dict[str, Any]]:

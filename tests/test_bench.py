@@ -205,16 +205,21 @@ def test_a_figure_is_asked_for_by_its_name_or_its_beginning() -> None:
 def test_the_table_of_what_was_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_readme, "RESULTS", tmp_path)
     assert gpu_readme.models() == []
+    card = "NVIDIA H100 80GB HBM3"
     for work, base in gpu_readme.BASE.items():
         rows = [
-            {"system": base, "step_s": 0.1, "peak_bytes": 2**31},
-            {"system": "mst", "step_s": 0.2, "peak_bytes": 2**30},
+            {"system": base, "device": card, "step_s": 0.1, "steps_s": [0.1, 0.1], "peak_bytes": 2**31},
+            {"system": "mst", "device": card, "step_s": 0.2, "steps_s": [0.2, 0.2], "peak_bytes": 2**30},
             {"system": "liger", "reason": "not installed"},
         ]
         (tmp_path / f"gpu-{work}.json").write_text(json.dumps({"rows": rows}))
     assert gpu_readme.works()[1:3] == [
-        ("head", "mst", "200", "2.00", "1.00", "0.50"), ("head", "liger", "not installed", "", "", "")
+        ("head", "mst", "H100", "200", "2.00", "1.07", "0.50"), ("head", "liger", "H100", "not installed", "", "", "")
     ]  # fmt: skip
+    (tmp_path / "gpu-longest.json").write_text(
+        json.dumps({"rows": [{"system": "mst", "seq_len": 8, "reason": "out of memory"}]})
+    )
+    assert gpu_readme.models() == [("model, S 8", "mst", "not known", "out of memory", "", "", "")]
 
 
 @pytest.mark.parametrize(
