@@ -21,7 +21,7 @@ from tests.programs import LOSSES, STEPS, TRAPS, UPS, BlockSpec, Built, Program,
 
 TRIES = int(os.environ.get("MST_FUZZ", "0"))
 fuzz = settings(
-    max_examples=TRIES or 12, deadline=None, derandomize=not TRIES, database=None,
+    max_examples=TRIES or 8, deadline=None, derandomize=not TRIES, database=None,
     suppress_health_check=list(HealthCheck), print_blob=False,
 )  # fmt: skip
 

@@ -293,6 +293,7 @@ def test_aot_eager_and_inductor_agree_on_a_no_grad_prompt() -> None:
         )
 
 
+@pytest.mark.slow
 def test_code_for_short_chunks_does_not_serve_long_ones(tmp_path: Any) -> None:
     """Inductor sums up to 4096 rows in one go, and the same code sums 65536 with 20 times the error."""
     script = """

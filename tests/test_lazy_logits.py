@@ -22,7 +22,7 @@ OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
 
 
 def outputs(**options: Any) -> tuple[torch.nn.Module, Any, torch.Tensor]:
-    model, inputs = hf("llama"), hf_inputs("llama")
+    model, inputs = hf("llama", num_hidden_layers=1), hf_inputs("llama")
     expected = model(**inputs).logits.detach()
     return model, torch.compile(model, backend="mst", options={**OPTIONS, **options})(**inputs), expected
 

@@ -162,6 +162,7 @@ def test_under_autocast(shared: list[int]) -> None:
     assert shared == [LAYERS]
 
 
+@pytest.mark.slow
 def test_under_an_autocast_within(shared: list[int]) -> None:
     """As Transformers' Trainer has it."""
 
@@ -456,6 +457,7 @@ def test_caches_know_what_is_within_a_layer() -> None:
         check_exact(Layers(extra, 2), tokens(requires_grad=True), options=OPTIONS, compiler="inductor")
 
 
+@pytest.mark.slow
 def test_evaluation(shared: list[int]) -> None:
     torch.manual_seed(0)
     model = hf("llama", num_hidden_layers=LAYERS).eval()

@@ -292,7 +292,7 @@ def test_module_stays_what_it_was() -> None:
     assert not fn(torch.randn(20, H)).any()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_other_backends_lose_nothing(backend: str) -> None:
     model, inputs = Model(MaskedExperts()), token_inputs()
     expected = torch.autograd.grad(model(**inputs), list(model.parameters()))

@@ -175,7 +175,7 @@ def test_accelerate_keeps_logits_lazy():
         torch.testing.assert_close(found.detach() + 0, expected)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trainer_predicts(tmp_path, bf16):
     """Metrics on a part of the logits; all of them as predictions, the last batch smaller than the others."""
     seen = []
