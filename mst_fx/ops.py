@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from mst_fx.body import Backward, InputSpec, Term, no_autocast
+from mst_fx.extended import Adder, add
 from mst_fx.plan import chunk_bounds
 from mst_fx.sums import Sum
 
@@ -51,6 +52,7 @@ class CompiledBody:
     """Whether the last output tells tokens to which no gradient comes, however large it is behind the loss."""
     weight: int | None = None
     """The shared input that is split; see NOTE [a weight that rounds nothing]."""
+    adder: Adder = add
     graph: fx.GraphModule | None = None
     """The forward as it was traced, for estimates; None in one that has none."""
 
@@ -231,7 +233,7 @@ def _run_backward(
     plan, tokens = found.plan, chunked[0].shape[0]
     rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
     sums = {
-        id(t): Sum(found.shared[p].dtype, found.accumulate, t.shape, chunked[0].device)
+        id(t): Sum(found.shared[p].dtype, found.accumulate, t.shape, chunked[0].device, found.adder)
         for p, terms in plan.shared.items()
         for t in terms
     }

@@ -3,10 +3,8 @@
     mst.accumulate="float32":   in fp32 at the least, cast to the parameter's dtype once.
     mst.accumulate="parameter": in the parameter's dtype. Sums of up to SMALL_SUM_BYTES are kept in fp32 all the same.
 
-NOTE [bf16 and eight bits more] A sum in bf16 is rounded at every chunk, and what is rounded away grows with the number
-of chunks. On a CPU, where no product adds into fp32 either, the next eight bits of fp32 are kept in a second tensor:
-three bytes per weight instead of four, the error of fp32, and bf16 is the upper part as it lies in memory, so that
-nothing is cast in the end. On a GPU a product adds into bf16 itself, with one rounding.
+A sum in bf16 is extended by eight bits on a CPU (``extended.py``). On a GPU a product adds into bf16 itself, with one
+rounding.
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from mst_fx import extended
+from mst_fx.extended import Adder, pieces
 from mst_fx.inductor import cpu_multiplies
 
 PRODUCT_BLOCK_BYTES = 8 * 2**20
 """A product that cannot be added while it is computed goes block by block; smaller ones multiply more slowly."""
-ADDED_ELEMENTS = 2**17
-"""Of a block, as many are cast and added at a time as stay in a core's cache with their fp32 copy."""
 SMALL_SUM_BYTES = 2**20
 
 
@@ -34,10 +32,11 @@ def sum_dtype(dtype: torch.dtype, accumulate: str, shape: Sequence[int]) -> torc
 def sum_itemsize(dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> int:
     """Return the bytes per number of such a sum."""
     kept = sum_dtype(dtype, accumulate, shape)
-    return kept.itemsize + _is_extended(kept, device)
+    return kept.itemsize + is_extended(kept, device)
 
 
-def _is_extended(kept: torch.dtype, device: torch.device) -> bool:
+def is_extended(kept: torch.dtype, device: torch.device) -> bool:
+    """Whether a sum that is kept in a dtype has eight bits more beside it."""
     return kept is torch.bfloat16 and device.type == "cpu"
 
 
@@ -49,20 +48,25 @@ class Sum:
         accumulate: ``mst.accumulate``.
         shape: Of every part.
         device: Where the parts are.
+        adder: What adds to a sum in bf16 on a CPU.
     """
 
-    def __init__(self, dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device,
+        adder: Adder = extended.add,
+    ) -> None:  # fmt: skip
         self._given, self._dtype = dtype, sum_dtype(dtype, accumulate, shape)
         self._shape, self._device = tuple(shape), device
         self._total: torch.Tensor | None = None
+        self._adder = adder
         self._rest: torch.Tensor | None = None
-        """See NOTE [bf16 and eight bits more]; None before anything was added to a first part."""
+        """The eight bits more; None before anything was added to a first part."""
 
     def add(self, part: torch.Tensor) -> None:
         """Add a part."""
         if self._total is None:
             self._total = part.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
-        elif _is_extended(self._dtype, self._device):
+        elif is_extended(self._dtype, self._device):
             self._add_extended(slice(None), part.contiguous())
         else:
             self._total.add_(part)
@@ -70,7 +74,7 @@ class Sum:
     def add_product(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add ``a @ b``."""
         first = self._total is None
-        if a.dtype == self._dtype and (first or not _is_extended(self._dtype, self._device)):
+        if a.dtype == self._dtype and (first or not is_extended(self._dtype, self._device)):
             self._total = torch.mm(a, b) if self._total is None else self._total.addmm_(a, b)
             return
         if self._total is None:
@@ -80,7 +84,7 @@ class Sum:
             torch.mm(a, b, out_dtype=self._dtype, out=total)
         elif a.is_cuda:
             torch.addmm(total, a, b, out_dtype=self._dtype, out=total)
-        elif _is_extended(self._dtype, self._device):
+        elif is_extended(self._dtype, self._device):
             for rows, part in self._products(a, b):
                 total[rows].copy_(part) if first else self._add_extended(rows, part)
         elif cpu_multiplies(a.dtype):
@@ -99,16 +103,13 @@ class Sum:
         if total is None:
             return None
         if rest is not None:
-            space = _two_pieces(self._device)
-            for upper, lower in _pieces(total.view(torch.int16), rest):
-                wide = _join(upper, lower, space)[0].view(torch.float32)
-                upper.view(torch.bfloat16).copy_(wide if factor is None else wide.mul_(factor))
+            extended.finish(total, rest, factor)
         elif factor is not None and total.dtype == factor.dtype:
             narrow = total if total.is_cpu or total.dtype == self._given else torch.empty_like(total, dtype=self._given)
             torch.mul(total, factor, out=narrow)  # on a GPU multiplied and rounded in one go
             return narrow
         elif factor is not None:
-            for (piece,) in _pieces(total):
+            for (piece,) in pieces(total):
                 piece.copy_(piece.to(factor.dtype) * factor)
         return total
 
@@ -139,32 +140,11 @@ class Sum:
         assert self._total is not None
         if self._rest is None:
             self._rest = torch.zeros(self._shape, dtype=torch.uint8, device=self._device)
-        space = _two_pieces(self._device)
-        for upper, lower, new in _pieces(self._total.view(torch.int16)[rows], self._rest[rows], part):
-            bits, other = _join(upper, lower, space)
-            bits.view(torch.float32).add_(other.view(torch.float32).copy_(new))
-            bits.add_(0x80)  # to the nearest; a NaN of the parts has zeros there, so that it does not overflow
-            lower.copy_(torch.bitwise_right_shift(bits, 8, out=other))  # the lowest eight bits of that
-            upper.copy_(other.bitwise_right_shift_(8))
-
-
-def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    yield from zip(*(t.view(-1).split(ADDED_ELEMENTS) for t in tensors), strict=True)
-
-
-def _two_pieces(device: torch.device) -> torch.Tensor:
-    """Return memory to work on a piece in: an allocation for every step would take longer than the step."""
-    return torch.empty(2, ADDED_ELEMENTS, dtype=torch.int32, device=device)
-
-
-def _join(upper: torch.Tensor, lower: torch.Tensor, space: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bits of fp32 numbers whose first 24 are given, as int32, and as much memory besides."""
-    bits, other = space[:, : upper.numel()].unbind()
-    bits.copy_(upper).bitwise_left_shift_(8).add_(other.copy_(lower)).bitwise_left_shift_(8)
-    return bits, other
+        total = self._total[rows]
+        self._adder(total.view(-1), self._rest[rows].view(-1), part.view(-1))
 
 
 def _add_cast(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
     """Add (or copy) into a wider dtype piece by piece: an add of two dtypes casts all of the narrow one first."""
-    for wide, narrow in _pieces(total, part):
+    for wide, narrow in pieces(total, part):
         wide.copy_(narrow) if first else wide.add_(narrow)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_fx import sums
+from mst_fx import extended, sums
 from mst_fx.sums import Sum, sum_dtype, sum_itemsize
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks and pieces, and no sum small enough for fp32."""
     monkeypatch.setattr(sums, "PRODUCT_BLOCK_BYTES", 4 * 24 * 5)
-    monkeypatch.setattr(sums, "ADDED_ELEMENTS", 7)
+    monkeypatch.setattr(extended, "PIECE", 7)
     monkeypatch.setattr(sums, "SMALL_SUM_BYTES", 0)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
+from mst_fx.body import Body, InputSpec, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.context import Context
+from mst_fx.extended import add, adder
 from mst_fx.graph import fake, fake_tensor, module_path, size_hint, tensors_in
 from mst_fx.inductor import compile_body, global_settings, storage_of
 from mst_fx.ops import BODIES, CompiledBody
@@ -25,7 +26,7 @@ from mst_fx.regions.projections import read_projection
 from mst_fx.regions.region import Region, region_key
 from mst_fx.regions.rewrite import find_place, replace
 from mst_fx.report import BodyCode, Mismatch, RegionReport
-from mst_fx.sums import sum_itemsize
+from mst_fx.sums import is_extended, sum_dtype, sum_itemsize
 
 log = logging.getLogger(__name__)
 
@@ -142,18 +143,25 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         compiled = None
         if backward is not None:
             compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
+        extends = backward is not None and any(_is_extended(s, config.accumulate) for s in body.shared)
+        adds = adder(config.compiler, options) if extends else add
     except Exception as e:
         raise BodyError(
             f"its body does not compile ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
         ) from e
+    weight = body.weight if op == "sum" and _rounds_less(body, config.accumulate) else None
     BODIES[name] = CompiledBody(
         body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate,
-        body.tells_ignored, body.weight if op == "sum" and _rounds_less(body, config.accumulate) else None, traced,
+        body.tells_ignored, weight, adds, traced,
     )  # fmt: skip
     _CODE[name] = context.bodies[name] = BodyCode(
         name, body_code(traced), body_code(backward.graph) if backward else ""
     )
     return name
+
+
+def _is_extended(spec: InputSpec, accumulate: str) -> bool:
+    return spec.needs_grad and is_extended(sum_dtype(spec.dtype, accumulate, spec.shape), spec.device)
 
 
 def _rounds_less(body: Body, accumulate: str) -> bool:

@@ -1,0 +1,55 @@
+"""Sums in bf16 with eight bits more: one pass that Inductor makes does what a dozen eager ops do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mst_fx import kernels
+from mst_fx.extended import PIECE, add, adder, finish
+from mst_fx.inductor import cpu_multiplies
+from mst_fx.regions import chunking
+from tests.harness import error
+
+
+def test_one_pass_gives_the_bits_of_many() -> None:
+    """Compiled and eager, of numbers of all kinds; the parts of a block and an odd number of them."""
+    generator = torch.Generator().manual_seed(0)
+    with kernels.at_once():
+        compiled = adder("inductor", {})
+    assert adder("inductor", {}) is compiled
+    kinds = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3e38, 1e-39, -1e-40, 1.0])
+    for size in (PIECE + 13, 3 * PIECE):
+        given = [torch.randn(size, generator=generator).bfloat16() for _ in range(4)]
+        for part in given:
+            part[torch.randint(0, size, (300,), generator=generator)] = kinds.bfloat16().repeat(34)[:300]
+        ends = []
+        for adds in (add, compiled):
+            upper, lower = given[0].clone(), torch.zeros(size, dtype=torch.uint8)
+            for part in given[1:]:
+                adds(upper, lower, part if cpu_multiplies(torch.bfloat16) else part.float())
+            ends.append((upper.clone(), lower.clone(), upper))
+            finish(upper, lower, torch.tensor(0.7))
+        for ours, theirs in zip(*ends, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert ends[0][0].isnan().any()
+        assert ends[0][0].isinf().any()
+
+
+def test_a_weight_summed_in_bf16_is_added_to_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    with kernels.at_once():
+        ours = adder("inductor", {})
+    monkeypatch.setattr(chunking, "adder", lambda *_: lambda *given: added.append(len(given[0])) or ours(*given))
+    head = torch.nn.Linear(64, 8192, bias=False).bfloat16()
+    x, labels = torch.randn(48, 64).bfloat16(), torch.randint(0, 8192, (48,))
+    options = {"mst.chunk_tokens": 16, "mst.accumulate": "parameter"}
+    fn = torch.compile(lambda x: F.cross_entropy(head(x), labels), backend="mst", options=options)
+    fn(x).backward()
+    assert sum(added) == 2 * 64 * 8192
+    assert head.weight.grad is not None
+    weight = head.weight.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ weight.t(), labels).backward()
+    assert weight.grad is not None
+    assert error(head.weight.grad, weight.grad) < 4e-3
