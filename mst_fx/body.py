@@ -15,7 +15,7 @@ import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.inductor import fake_mode_of, symbolic_inputs, symbolic_sizes, tracing_in_mode_of
+from mst_fx.inductor import fake_mode_of, no_autocast, symbolic_inputs, symbolic_sizes, tracing_in_mode_of
 from mst_fx.rowform.rows import concrete
 from mst_fx.simplify import simplify_loss_backward
 
@@ -181,7 +181,7 @@ def _made_fake(inputs: Sequence[Any]) -> Iterator[None]:
     """Run on fakes what makes tensors of its own: a real ``arange`` would fix the symbolic rows."""
     mode = fake_mode_of(inputs)
     assert mode is not None
-    with mode, symbolic_sizes():
+    with mode, no_autocast(inputs), symbolic_sizes():
         yield
 
 
@@ -207,12 +207,6 @@ def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     simplify_loss_backward(traced.graph)
     traced.recompile()
     return traced
-
-
-def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
-    """Return a context without autocast where the inputs of a body are, for it has its casts in it."""
-    device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 # -- peeling -----------------------------------------------------------------------------------------

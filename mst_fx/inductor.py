@@ -48,7 +48,7 @@ from mst_fx import kernels
 __all__ = [
     "Bucket", "DDPOptimizer", "apart_from_autograd_settings", "compile_body", "compile_graph", "cpp_wrapper",
     "cpu_multiplies", "debug_folder", "fake_mode_of", "fake_tensors", "global_settings", "mode_options",
-    "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of", "symbolic_inputs",
+    "no_autocast", "old_objects_frozen", "option_names", "partition", "shares_layers", "storage_of", "symbolic_inputs",
     "symbolic_sizes", "torch_version", "trace_artifact", "tracing_in_mode_of", "without_modes",
     "writes_not_looked_for",
 ]  # fmt: skip
@@ -209,6 +209,12 @@ def symbolic_inputs(body: Any, rows: int) -> list[Any]:
     return inputs
 
 
+def no_autocast(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast where the inputs of a body are, for it has its casts in it."""
+    device = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def compile_body(
     graph: fx.GraphModule, inputs: Sequence[Any], compiler: str, options: dict[str, Any]
 ) -> Callable[..., Any]:
@@ -233,7 +239,8 @@ def compile_body(
         # One kernel reads a row of logits, twice or three times: a maximum and then a sum of exponentials, each a pass
         # over what the cache holds by then, took 2.8 ms where both in one took 3.0 to 3.2 (H200, 8192 x 128256, bf16).
         options = {"online_softmax": False, **options}
-    with tracing(TracingContext(mode)), torch.no_grad(), later:
+    # compile_fx traces once more: an autocast around the function would cast what the region computes in full.
+    with tracing(TracingContext(mode)), torch.no_grad(), no_autocast(inputs), later:
         compiled: Any = compile_fx(fx.GraphModule(graph, own), [rows, *inputs], config_patches=options)  # pyright: ignore
     return lambda *given: compiled(given[0].shape[0], *given)
 

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Backward, InputSpec, Term, no_autocast
+from mst_fx.body import Backward, InputSpec, Term
 from mst_fx.extended import Adder, add
+from mst_fx.inductor import no_autocast
 from mst_fx.plan import chunk_bounds
 from mst_fx.sums import Sum
 
@@ -232,13 +233,15 @@ def _run_backward(
     assert found.plan is not None
     plan, tokens = found.plan, chunked[0].shape[0]
     rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
+    alone = tokens <= chunk_tokens  # there is nothing to add to: each sum is one product, rounded as without chunks
+    accumulate = "parameter" if alone else found.accumulate
     sums = {
-        id(t): Sum(found.shared[p].dtype, found.accumulate, t.shape, chunked[0].device, found.adder)
+        id(t): Sum(found.shared[p].dtype, accumulate, t.shape, chunked[0].device, found.adder)
         for p, terms in plan.shared.items()
         for t in terms
     }
     weights, factor = _as_compiled(found.shared, shared), None
-    if found.weight is not None:
+    if found.weight is not None and not alone:
         weights[found.weight], factor = _split(weights[found.weight])
     for i, (start, end) in enumerate(chunk_bounds(tokens, chunk_tokens)):
         inputs = [*_rows(chunked, start, end), *weights, *_chunk_seed(seed, i), *_rows(tangents, start, end)]

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import fx
 
-from mst_fx import kernels
+from mst_fx import kernels, ops
 from mst_fx.body import Body, InputSpec, trace_backward, trace_forward
 from mst_fx.config import Config
 from mst_fx.context import Context
 from mst_fx.plan import ChunkPlan
 from mst_fx.regions.chunking import _size_class, compile_region
 from mst_fx.rowform.random import KEEP_MASK
+from mst_fx.sums import Sum
 
 aten = torch.ops.aten
 C, H, I = 4, 3, 5  # noqa: E741
@@ -115,6 +116,23 @@ def test_loss_gradients_in_fp64(tokens: int, op: str, dropout: bool) -> None:
     else:
         (grad,) = torch.autograd.grad(run(x, head), head)
         assert torch.equal(grad, torch.zeros_like(head))
+
+
+@pytest.mark.parametrize("op", ["sum", "map"])
+def test_a_single_chunk_is_summed_as_without_chunks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the weight's dtype: there is nothing to add, and a wider sum would cost memory at short lengths."""
+    kept: list[str] = []
+    monkeypatch.setattr(
+        ops, "Sum", lambda dtype, accumulate, *rest: kept.append(accumulate) or Sum(dtype, "parameter", *rest)
+    )
+    name = register(loss_body(), op)
+    for tokens in (C - 1, C, C + 1):
+        x, labels, head = loss_values(tokens)
+        out = getattr(torch.ops.mst_fx, op)([x, labels], [head], None, name, C)[0]
+        (found,) = torch.autograd.grad(out.sum(), head)
+        (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ head.T, labels, reduction="sum"), head)
+        torch.testing.assert_close(found, expected)
+    assert kept == ["parameter", "parameter", "float32"]
 
 
 def test_unused_results_and_a_missing_gradient() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import mst_fx
 from mst_fx.bench.cell import gradient_error
@@ -165,3 +166,23 @@ def test_gradients_of_a_mean_are_rounded_once(accumulate: str) -> None:
     rounded = DEVICE == "cpu" and cpu_multiplies(torch.bfloat16)
     assert ours <= (1.2 if rounded else 1.02) * gradient_error(work, work.module)
     assert "gradients formed in the forward" in mst_fx.reports()[-1].chunked[0].reason
+
+
+def test_an_island_without_autocast_is_compiled_without_it() -> None:
+    """Inductor traces a body once more, when the autocast around the function is on; what it made stays in use."""
+    mlp = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), nn.Linear(64, 16))
+    head, x, labels = nn.Linear(16, 96), torch.randn(46, 16), torch.randint(0, 96, (46,))
+    weights = [*mlp.parameters(), *head.parameters()]
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.cross_entropy(head(x + mlp(x)), labels)
+
+    expected = fn(x)
+    truth = [expected.detach(), *torch.autograd.grad(expected, weights)]
+    compiled = torch.compile(fn, backend="mst", options={"mst.chunk_tokens": 16})
+    for on in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = compiled(x)
+        assert len(mst_fx.reports()[-1].chunked) == 2
+        torch.testing.assert_close([loss.detach(), *torch.autograd.grad(loss, weights)], truth, rtol=1e-5, atol=1e-7)

@@ -205,17 +205,23 @@ def test_tokens_behind_an_op_with_features_second_are_found(fn: Any) -> None:
     assert chunked(ours.report, "mlp") == 1, str(ours.report)
 
 
-def test_a_convolution_of_the_models_own_input() -> None:
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_convolutions_of_the_models_own_input(blocks: int) -> None:
+    """And of what a residual of such values is."""
+
     class Channels(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Conv1d(H, I, 1), nn.Conv1d(I, H, 1)
+            self.ups = nn.ModuleList(nn.Conv1d(H, I, 1) for _ in range(blocks))
+            self.downs = nn.ModuleList(nn.Conv1d(I, H, 1) for _ in range(blocks))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(F.gelu(self.up(x))).square().mean()
+            for up, down in zip(self.ups, self.downs, strict=True):
+                x = x + down(F.gelu(up(x)))
+            return x.square().mean()
 
     ours = check_exact(Channels(), {"x": torch.randn(2, H, 23, requires_grad=True)})
-    assert chunked(ours.report, "mlp") == 1, str(ours.report)
+    assert chunked(ours.report, "mlp") == blocks, str(ours.report)
 
 
 def test_flattened_logits_returned_under_dynamic_shapes() -> None:

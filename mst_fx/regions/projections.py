@@ -205,14 +205,21 @@ def _is_image_given(projection: Projection, root: Any) -> bool:
 
 
 def _is_channels_first(node: Any) -> bool:
-    """Whether a value is of an op with features second, its places folded into one, or elementwise of that."""
-    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function"):
+    """Whether a value is of an op with features second, its places folded into one, or elementwise of such a one."""
+    ahead, seen = [node], set()
+    while ahead:
+        node = ahead.pop()
+        if not isinstance(node, fx.Node) or node.op not in ("call_method", "call_function") or node in seen:
+            continue
+        seen.add(node)
         if node.target in _CHANNELS_FIRST:
             return True
-        folds = node_name(node) == "flatten" and node.args[1:] in ((2,), (2, -1))
-        if len(node.all_input_nodes) != 1 or not (folds or node_name(node) in _POINTWISE):
-            return False
-        node = node.all_input_nodes[0]
+        if node_name(node) == "flatten" and node.args[1:] in ((2,), (2, -1)):
+            ahead.append(node.args[0])
+        elif node_name(node) in _POINTWISE:
+            value = fake_tensor(node)
+            inputs = [(n, fake_tensor(n)) for n in node.all_input_nodes]
+            ahead += [n for n, v in inputs if v is not None and value is not None and v.shape == value.shape]
     return False
 
 
@@ -220,7 +227,10 @@ _CHANNELS_FIRST = {
     torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d,
     F.group_norm, F.instance_norm, F.batch_norm, torch.group_norm, torch.instance_norm, torch.batch_norm,
 }  # fmt: skip
-_POINTWISE = {"gelu", "relu", "silu", "tanh", "sigmoid", "dropout", "contiguous", "float", "to"}
+_POINTWISE = {
+    "gelu", "relu", "silu", "tanh", "sigmoid", "dropout", "contiguous", "float", "to",
+    "add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv",
+}  # fmt: skip
 
 
 def _order(name: str, node: fx.Node, n: int) -> list[int] | None:
