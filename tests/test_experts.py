@@ -109,6 +109,9 @@ LEGAL: dict[str, dict[str, Any]] = {
     "counted_unsorted": {"offsets": lambda s, ids, g: offsets(s, g, ids)},
     "in_place": {"act": in_place},
     "norm_of_slots": {"act": lambda y: F.layer_norm(act(y), (I,))},
+    "counted_to_their_number": {
+        "offsets": lambda s, ids, g: torch.histc(g.float(), bins=E, min=0, max=E).cumsum(0, dtype=torch.int32)
+    },
     "load_counted": {"offsets": balanced},
     "capacity_outside": {"ids": dropped, "after": lambda s, y, v: y.masked_fill((v["ids_g"] >= E)[:, None], 0.0)},
     "dropout": {"act": lambda y: F.dropout(act(y), 0.0, True)},
@@ -191,7 +194,7 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "sorted_by_position": ({"sort": lambda ids: (ids, (ids * 0 + torch.arange(len(ids))).argsort())}, "groups|orders"),
     "sorted_by_other_numbers": ({"sort": lambda ids: (ids[(p := (-ids).argsort())], p)}, "groups of rows"),
     "counts_shifted": (
-        {"offsets": lambda s, ids, g: torch.histc(g.float(), bins=E, min=0, max=E).cumsum(0, dtype=torch.int32)},
+        {"offsets": lambda s, ids, g: torch.histc(g.float(), bins=E, min=0, max=E + 1).cumsum(0, dtype=torch.int32)},
         "counts something else",
     ),
     "offsets_from_all_tokens": (

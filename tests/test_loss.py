@@ -279,3 +279,22 @@ def test_a_label_that_is_no_class_is_an_error_where_losses_are_picked(
     options = {"mst.chunk_tokens": 8, "mst.compiler": compiler}
     with pytest.raises(RuntimeError, match="out of range"):
         torch.compile(Head(flat()), backend="mst", options=options)(**given)
+
+
+@pytest.mark.parametrize(("length", "where"), [(60, "in the forward"), (15, "in the backward")])
+def test_several_losses_of_one_head_keep_no_more_than_their_logits(length: int, where: str) -> None:
+    """Each would keep a gradient of the weight until the backward; one that is larger than the logits is not formed."""
+
+    class Ahead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixes, self.head = nn.ModuleList(nn.Linear(32, 32) for _ in range(3)), nn.Linear(32, 96, bias=False)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            heads = [self.head(mix(x)).flatten(0, 1) for mix in self.mixes]
+            return torch.stack([F.cross_entropy(logits, labels.flatten()) for logits in heads]).sum()
+
+    given = {"x": torch.randn(1, length, 32, requires_grad=True), "labels": torch.randint(0, 96, (1, length))}
+    ours = check_exact(Ahead(), given)
+    assert chunked(ours.report, "loss") == 3, str(ours.report)
+    assert all(where in r.reason for r in ours.report.chunked), str(ours.report)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mst_fx
-from tests.harness import DEVICE, EAGER, check_exact, chunked, error, step
+from tests.harness import DEVICE, EAGER, check_exact, chunked, error, reasons, step
 from tests.models import LanguageModel, SwiGLU, token_inputs
 
 SMALL = {"mst.chunk_tokens": 8, **EAGER}
@@ -222,6 +222,35 @@ def test_convolutions_of_the_models_own_input(blocks: int) -> None:
 
     ours = check_exact(Channels(), {"x": torch.randn(2, H, 23, requires_grad=True)})
     assert chunked(ours.report, "mlp") == blocks, str(ours.report)
+
+
+def of_weights_alone(s: Any, h: torch.Tensor) -> torch.Tensor:
+    return s.down(h) + torch.sigmoid(h @ s.down.weight[:1].T) * (h @ s.a.T @ s.b.T)
+
+
+def low_rank(s: Any, h: torch.Tensor) -> torch.Tensor:
+    return s.down(h).relu().mean(-1, keepdim=True) + F.linear(h, s.b @ s.a)
+
+
+def of_a_result(s: Any, h: torch.Tensor) -> torch.Tensor:
+    y = s.down(h)
+    return y + h @ (s.a * y.mean()).T @ s.b.T
+
+
+@pytest.mark.parametrize(("fn", "legal"), [(of_weights_alone, True), (low_rank, True), (of_a_result, False)])
+def test_weights_computed_behind_a_result(fn: Any, legal: bool) -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(H, I), nn.Linear(I, H)
+            self.a, self.b = nn.Parameter(torch.randn(4, I)), nn.Parameter(torch.randn(H, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return fn(self, F.gelu(self.up(x))).square().mean()
+
+    ours = check_exact(Adapted(), {"x": torch.randn(2, 23, H, requires_grad=True)})
+    assert chunked(ours.report, "mlp") == legal, str(ours.report)
+    assert ("not convex" in reasons(ours.report)) != legal
 
 
 def test_flattened_logits_returned_under_dynamic_shapes() -> None:

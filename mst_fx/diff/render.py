@@ -76,7 +76,10 @@ ADVICE = (
         "spell that line so that Dynamo can trace it (tokens left out of a loss by ignore_index=-100 or a weight of 0, "
         "not by logits[mask]; no .item() or print between head and loss); TORCH_LOGS=graph_breaks says more",
     ),
-    (r"^too small|^not worthwhile", "small regions are left alone by mst.chunk_tokens='auto'; an int chunks them too"),
+    (
+        r"^too small.* less than two|^not worthwhile",
+        "small regions are left alone by mst.chunk_tokens='auto'; an int chunks them too",
+    ),
     (
         r"works over all tokens",
         "a metric of all tokens can be taken of each first (x.amax(-1).max(), not x.max()); what changes each token by "

@@ -15,6 +15,8 @@ Memory: ``T * V`` logits, their fp32 copy and gradient become ``C * V``, and one
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -25,10 +27,11 @@ from mst_fx.effects import change_after
 from mst_fx.graph import fake_tensor, needs_grad, storages, stride_order
 from mst_fx.inductor import storage_of
 from mst_fx.lazy_logits import LogitsSpec
-from mst_fx.regions.chunking import chunk_folded, chunk_region, skipped
+from mst_fx.regions.chunking import chunk_folded, chunk_region, planned_tokens, skipped
 from mst_fx.regions.coefficients import sum_lifted
 from mst_fx.regions.lift import Lifted, Lifter, Output, finish_lift
 from mst_fx.regions.losses import ValueSum, read_total
+from mst_fx.regions.projections import read_projection
 from mst_fx.regions.region import Region, find_regions, region_key
 from mst_fx.regions.rewrite import erase_dead, erase_region
 from mst_fx.report import Mismatch, RegionReport
@@ -52,7 +55,9 @@ def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
     regions = find_regions(graph.module, context.fake_mode, graph.outer)
     hidden = max((r.in_features for r in regions), default=0)
     losses = [r for r in regions if r.kind == "loss" and not _is_low_rank(r, hidden)]
-    reports = {id(r): _chunk(r, graph, context) for r in losses if not _is_sliced(r)}
+    weights = Counter(p.weight for r in losses for a in r.amplifiers if (p := read_projection(a, r.outer)))
+    several = {w for w, count in weights.items() if count > 1}
+    reports = {id(r): _chunk(r, graph, context, several) for r in losses if not _is_sliced(r)}
     for region in losses:
         if _is_sliced(region):
             loss = next((r for r in losses if not _is_sliced(r) and _is_slice_of(r, region)), None)
@@ -62,7 +67,7 @@ def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
             if loss is not None and deferred is not None:
                 reports[id(loss)] = deferred
             else:
-                reports[id(region)] = _chunk(region, graph, context)
+                reports[id(region)] = _chunk(region, graph, context, several)
     return [reports[id(r)] for r in losses if id(r) in reports]
 
 
@@ -95,14 +100,14 @@ def _is_low_rank(region: Region, hidden: int) -> bool:
     return region.wide_features <= hidden and all(isinstance(read_total(t), ValueSum) for t in region.terminals)
 
 
-def _chunk(region: Region, graph: Graph, context: Context) -> RegionReport:
+def _chunk(region: Region, graph: Graph, context: Context, several: set[fx.Node]) -> RegionReport:
     problem = check_loss(region, graph)
     if problem is not None:
         return skipped(region, problem.reason)
-    return chunk_folded(region, context, lambda lifted: _attempt(lifted, graph, context), behind=False)
+    return chunk_folded(region, context, lambda lifted: _attempt(lifted, graph, context, several), behind=False)
 
 
-def _attempt(lifted: Lifted, graph: Graph, context: Context) -> RegionReport:
+def _attempt(lifted: Lifted, graph: Graph, context: Context, several: set[fx.Node]) -> RegionReport:
     region = lifted.region
     if not lifted.trains and context.config.logits == "lazy" and any(needs_grad(v) for v, _ in region.leaving):
         return skipped(region, _NO_LOSS, lifted)
@@ -110,7 +115,7 @@ def _attempt(lifted: Lifted, graph: Graph, context: Context) -> RegionReport:
     if isinstance(logits, Mismatch):
         return skipped(region, logits.reason, lifted)
     nodes = list(region.nodes)
-    lifted, op, note = _choose_op(lifted, graph, context)
+    lifted, op, note = _choose_op(lifted, graph, context, several)
     if logits:
         note += _LOGITS_NOTES[context.config.logits]
     report = chunk_region(lifted, op, context, note)
@@ -140,21 +145,35 @@ def check_loss(region: Region, graph: Graph) -> Mismatch | None:
 # -- where gradients are formed ----------------------------------------------------------------------
 
 
-def _choose_op(lifted: Lifted, graph: Graph, context: Context) -> tuple[Lifted, str, str]:
-    """Choose where gradients are formed: in the forward only for one scalar that is linear in per-token values."""
+def _choose_op(lifted: Lifted, graph: Graph, context: Context, several: set[fx.Node]) -> tuple[Lifted, str, str]:
+    """Choose where gradients are formed: in the forward only for one scalar that is linear in per-token values.
+
+    Args:
+        lifted: The region.
+        graph: Its graph.
+        context: The pass's.
+        several: Weights that more than one loss of the graph reads.
+    """
     setting = context.config.loss_gradient
     if not lifted.trains or setting == "recompute":
         return lifted, "map", ""
     # fp16 gradients of an unscaled sum could overflow or underflow where a scaled loss does not; a
     # checkpointed block would form the gradients twice.
     half = any(s.dtype == torch.float16 for s in lifted.body.inputs)
-    if setting == "auto" and (half or graph.checkpointed):
+    if setting == "auto" and (half or graph.checkpointed or _keeps_more(lifted, several)):
         return lifted, "map", ""
     summed = sum_lifted(lifted, context.fake_mode)
     if summed is None:
         why = " (the loss is no single scalar sum, or has a gradient of your own)"
         return lifted, "map", "" if setting == "auto" else why
     return summed, "sum", ""
+
+
+def _keeps_more(lifted: Lifted, several: set[fx.Node]) -> bool:
+    """Whether several losses would each keep a gradient of one weight, larger than their logits, to the backward."""
+    logits = planned_tokens(lifted) * lifted.region.wide_features
+    shared = any(i.node in several for i in [*lifted.shared, *lifted.placeholders.values()])
+    return shared and any(s.needs_grad and math.prod(s.shape) > logits for s in lifted.body.shared)
 
 
 # -- returned logits ---------------------------------------------------------------------------------

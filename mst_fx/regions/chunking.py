@@ -42,7 +42,6 @@ class BodyError(Exception):
 def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
     """Decide on chunk sizes from shapes."""
     region = lifted.region
-    hint = lifted.tokens if isinstance(lifted.tokens, int) else max(size_hint(lifted.tokens), SYMBOLIC_TOKENS)
     trains, device = lifted.trains, lifted.body.chunked[0].device.type
     wide = planned_bytes(region, lifted, device, trains)
     narrow = sum(_row_bytes(s.shape, s.dtype) for s in lifted.body.chunked) + sum(
@@ -55,7 +54,7 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         accumulators += sum(_row_bytes(s.shape, s.dtype) for s in trained)
     plan = plan_chunks(
         kind=region.kind,
-        tokens=hint,
+        tokens=planned_tokens(lifted),
         wide_bytes=wide,
         narrow_bytes=narrow,
         accumulator_bytes=accumulators if trains else 0,
@@ -65,6 +64,11 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         wider_sums=any(sum_itemsize(s.dtype, accumulate, s.shape, s.device) > s.dtype.itemsize for s in trained),
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
+
+
+def planned_tokens(lifted: Lifted) -> int:
+    """Return the number of tokens that a region is planned for; a guess where it is symbolic."""
+    return lifted.tokens if isinstance(lifted.tokens, int) else max(size_hint(lifted.tokens), SYMBOLIC_TOKENS)
 
 
 def planned_bytes(region: Region, lifted: Lifted | None, device: str, trains: bool) -> int:
@@ -239,6 +243,8 @@ def chunk_region(lifted: Lifted, op: str, context: Context, note: str = "") -> R
         return skipped(region, f"not supported: {e}", lifted)
     replace(lifted, place, op, name, plan.chunk_tokens)
     how = {"sum": "gradients formed in the forward", "map": "recomputed in the backward"}[op]
+    if not isinstance(lifted.tokens, int):
+        note += f"; chunks and bytes as with {planned_tokens(lifted)} tokens"
     return RegionReport(
         region.kind, region.source, _tokens(lifted), plan.chunk_tokens, plan.num_chunks, plan.bytes_before,
         plan.bytes_after, "chunked", (how if lifted.trains else "forward only") + note, **_where(region), body=name,

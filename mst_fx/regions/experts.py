@@ -57,7 +57,7 @@ def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
             lost = Experts(module, fake_mode, node)
             lost.wide.add(node)
             lost.region.amplifiers.append(node)
-            lost.failures[node] = "multiplies groups of rows that no sort of the experts' numbers leads to"
+            lost.failures[node] = "multiplies groups of rows that no sort of the experts' numbers could be followed to"
             found.append(lost)
             places.add(module_path(node))
     return found

@@ -110,7 +110,7 @@ def _move_up_late(lifted: Lifted, sources: set[fx.Node], reader: fx.Node) -> fx.
     """Move live-ins behind ``reader`` in front of the region; return one of them where that can't be done."""
     order = _order(lifted)
     late = [n for n in sources if order[n] >= order[reader]]
-    moved = not late or _move_up(lifted.region.module.graph, late, lifted.region.nodes[0], order)
+    moved = not late or _move_up(lifted, late, order)
     return None if moved else late[0]
 
 
@@ -154,11 +154,14 @@ def _sources(lifted: Lifted) -> set[fx.Node]:
     return {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}.union(extra)
 
 
-def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Move values that come late (labels shaped for a loss behind a metric) in front of ``place``.
+def _move_up(lifted: Lifted, late: list[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Move values that come late (labels shaped for a loss behind a metric, a low-rank weight) in front of the region.
 
-    Only what is computed from what is there already, without a gradient, autocast and other ranks.
+    Only what is computed from what is there already, as it would be there: without other ranks, and where values have
+    gradients or are cast, under the same switches.
     """
+    graph, place = lifted.region.module.graph, lifted.region.nodes[0]
+    members, states = {*lifted.region.nodes, *lifted.dead}, grad_states(lifted.region.module)
     moved: set[fx.Node] = set()
     switched = any(is_autocast_switch(n) for n in graph.nodes)
     stack = list(late)
@@ -167,13 +170,12 @@ def _move_up(graph: fx.Graph, late: list[fx.Node], place: fx.Node, order: dict[f
         if order[node] < order[place] or node in moved:
             continue
         values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
-        if not values or any(v.requires_grad for v in values) or is_in_place(node) or draws(node):
+        if node in members or not values or is_in_place(node) or draws(node):
             return False
         if communicates(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
-        if any(is_differentiable(v.dtype) for v in values) and (
-            switched or any(needs_grad(n) for n in node.all_input_nodes)
-        ):
+        trains = any(v.requires_grad for v in values) or any(needs_grad(n) for n in node.all_input_nodes)
+        if any(is_differentiable(v.dtype) for v in values) and (switched or (trains and states[node] != states[place])):
             return False
         moved.add(node)
         stack += node.all_input_nodes

@@ -172,9 +172,9 @@ def _histc(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
     bins = given["bins"]
     if not isinstance(form, SlotRow) or form.ids is None:
         return None
-    if bins < 2 or given["min"] != 0 or given["max"] != bins - 1:
+    if bins < 2 or given["min"] != 0 or given["max"] not in (bins - 1, bins):  # of whole numbers both count each
         raise MixesTokensError("counts something else than the experts' numbers")
-    return [Special("counts", b.emit(func, form.node, bins, 0, bins - 1), None, form.ids)]
+    return [Special("counts", b.emit(func, form.node, bins, 0, given["max"]), None, form.ids)]
 
 
 @slot_rule(aten.cumsum)
