@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -258,7 +259,9 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
     if lifted is not None:
         tokens = _tokens(lifted)
     elif value is not None:
-        count = math.prod(value.shape[:-1])
+        taken = region.amplifiers[0].args[1] if region.amplifiers[0].target is operator.getitem else None
+        numbers = fake_tensor(taken)  # of the experts whose weights are taken
+        count = math.prod(value.shape[:-1] if numbers is None else numbers.shape)
         tokens = count if isinstance(count, int) else str(count)
     hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
     trains = any(v.requires_grad for n in region.nodes for v in tensors_in(fake(n)))

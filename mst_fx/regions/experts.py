@@ -52,15 +52,31 @@ def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
     seen = {n for walk in found for n in [*walk.members, *walk.failures]}
     places = {module_path(walk.region.amplifiers[0]) for walk in found}
     for node in module.graph.nodes:
-        if multiplies_groups(node) and node not in seen and module_path(node) not in places:
+        why = _lost(node)
+        if why and node not in seen and module_path(node) not in places:
             # No ids lead here: say so, once per module.
             lost = Experts(module, fake_mode, node)
             lost.wide.add(node)
             lost.region.amplifiers.append(node)
-            lost.failures[node] = "multiplies groups of rows that no sort of the experts' numbers could be followed to"
+            lost.failures[node] = why
             found.append(lost)
             places.add(module_path(node))
     return found
+
+
+def _lost(node: fx.Node) -> str:
+    """Return what to say of an expert's product, or of weights taken for one, that no walk came by; "" for others."""
+    if multiplies_groups(node):
+        return "multiplies groups of rows that no sort of the experts' numbers could be followed to"
+    if node.target is operator.getitem and any(node_name(u) in _PRODUCTS for u in node.users):
+        table, ids, taken = map(fake_tensor, (node.args[0], node.args[1], node))
+        if table is not None and ids is not None and taken is not None and table.ndim == 3:
+            if not ids.is_floating_point() and ids.dtype is not torch.bool and taken.numel() > table.numel():
+                return "takes a matrix per token and expert; that is followed where all experts are one list, by `bmm`"
+    return ""
+
+
+_PRODUCTS = {"einsum", "matmul", "bmm", "baddbmm"}
 
 
 def _is_entry(node: fx.Node) -> bool:
