@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx import buckets, dynamo, inductor, kernels
+from mst_fx import buckets, dynamo, extended, inductor, kernels
 from mst_fx.config import Config, OptionError, did_you_mean
 from mst_fx.layers import share_layers, tracing_of_calls
 from mst_fx.lazy_logits import LogitsSpec, build_outputs
@@ -61,7 +61,7 @@ def compile_chunked(
     gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None = None
 ) -> tuple[Callable[..., Any], Report]:
     """Rewrite and compile a Dynamo graph; ``only`` is that of ``run_passes``."""
-    known = set(BODIES)
+    known, adders = set(BODIES), extended.settings()
     compiled, report, logits = _compile(gm, example_inputs, config, only)
     try:
         kernels.finish()
@@ -69,6 +69,7 @@ def compile_chunked(
         log.debug("a body's kernel failed in the background; compiled again one by one to know which", exc_info=True)
         for name in BODIES.keys() - known:
             del BODIES[name]
+        extended.forget(adders)
         with kernels.at_once():
             compiled, report, logits = _compile(gm, example_inputs, config, only)
     if not logits:

@@ -162,7 +162,11 @@ def draws(node: fx.Node) -> bool:
     name = called_name(node)
     if name == "dropout" and 0 in (node.kwargs.get("p"), *node.args[1:2]):
         return False
-    return name == "normal" or any(word in name for word in _DRAWS)
+    if name == "scaled_dot_product_attention":
+        share: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0)
+        return not isinstance(share, (int, float)) or share != 0
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return seeded or name == "normal" or any(word in name for word in _DRAWS)
 
 
 def communicates(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ way of memory, so that the end, which is a few ops and comes once, is no faster 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def add(upper: torch.Tensor, lower: torch.Tensor, part: torch.Tensor) -> None:
     for high, low, new in pieces(upper, lower, part):
         bits, other = _join_piece(high, low, space)
         bits.view(torch.float32).add_(other.view(torch.float32).copy_(new))
-        bits.add_(0x80)  # to the nearest; a NaN of the parts has zeros there, so that it does not overflow
+        bits.add_(0x80)  # to the nearest; a NaN that products make has zeros there, so that it does not overflow
         low.copy_(torch.bitwise_right_shift(bits, 8, out=other))  # the lowest eight bits of that
         high.copy_(bits.bitwise_and_(-0x10000).view(torch.float32))
 
@@ -88,10 +88,21 @@ def adder(compiler: str, options: Mapping[str, Any]) -> Adder:
     """Return what adds, compiled once per process and setting where Inductor compiles."""
     if compiler == "aot_eager":
         return add
-    setting = repr((sorted(options.items()), global_settings()))
+    setting = repr((compiler, sorted(options.items()), global_settings()))
     if setting not in _compiled:
         _compiled[setting] = _compile(compiler, options)
     return _compiled[setting]
+
+
+def forget(known: Collection[str]) -> None:
+    """Forget what was compiled but for these settings: a kernel of it may have failed in the background."""
+    for setting in _compiled.keys() - set(known):
+        del _compiled[setting]
+
+
+def settings() -> set[str]:
+    """Return the settings for which there is one that is compiled."""
+    return set(_compiled)
 
 
 def _compile(compiler: str, options: Mapping[str, Any]) -> Adder:

@@ -38,11 +38,17 @@ def later() -> Iterator[None]:
 
 
 def finish() -> None:
-    """Wait for the kernels of bodies compiled so far; raises what a C++ compiler raised."""
+    """Wait for the kernels of bodies compiled so far; raises what a C++ compiler raised, when all have ended."""
     waiting = [*_waiting]
     _waiting.clear()
+    failed: list[Exception] = []
     for kernels, scope in waiting:
-        kernels.wait(scope)
+        try:
+            kernels.wait(scope)
+        except Exception as e:
+            failed.append(e)
+    if failed:
+        raise failed[0]
 
 
 @contextlib.contextmanager

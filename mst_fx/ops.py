@@ -233,7 +233,7 @@ def _run_backward(
     assert found.plan is not None
     plan, tokens = found.plan, chunked[0].shape[0]
     rows = {i: torch.empty_like(chunked[i], memory_format=torch.contiguous_format) for i in plan.chunked}
-    alone = tokens <= chunk_tokens  # there is nothing to add to: each sum is one product, rounded as without chunks
+    alone = tokens <= chunk_tokens  # each sum is one product, to which nothing is added
     accumulate = "parameter" if alone else found.accumulate
     sums = {
         id(t): Sum(found.shared[p].dtype, accumulate, t.shape, chunked[0].device, found.adder)

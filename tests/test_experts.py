@@ -193,7 +193,7 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "other_ids_counted": ({"offsets": lambda s, ids, g: offsets(s, ids, ids.flip(0))}, "groups of rows"),
     "sorted_by_position": ({"sort": lambda ids: (ids, (ids * 0 + torch.arange(len(ids))).argsort())}, "groups|orders"),
     "sorted_by_other_numbers": ({"sort": lambda ids: (ids[(p := (-ids).argsort())], p)}, "groups of rows"),
-    "counts_shifted": (
+    "counts_stretched": (
         {"offsets": lambda s, ids, g: torch.histc(g.float(), bins=E, min=0, max=E + 1).cumsum(0, dtype=torch.int32)},
         "counts something else",
     ),

@@ -232,12 +232,19 @@ def low_rank(s: Any, h: torch.Tensor) -> torch.Tensor:
     return s.down(h).relu().mean(-1, keepdim=True) + F.linear(h, s.b @ s.a)
 
 
+def mapped(s: Any, h: torch.Tensor) -> torch.Tensor:
+    y = s.down(h).relu().mean(-1, keepdim=True)
+    return y + F.linear(h, torch.vmap(torch.sin)(s.b) @ s.a)
+
+
 def of_a_result(s: Any, h: torch.Tensor) -> torch.Tensor:
     y = s.down(h)
     return y + h @ (s.a * y.mean()).T @ s.b.T
 
 
-@pytest.mark.parametrize(("fn", "legal"), [(of_weights_alone, True), (low_rank, True), (of_a_result, False)])
+@pytest.mark.parametrize(
+    ("fn", "legal"), [(of_weights_alone, True), (low_rank, True), (mapped, False), (of_a_result, False)]
+)
 def test_weights_computed_behind_a_result(fn: Any, legal: bool) -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
@@ -251,6 +258,34 @@ def test_weights_computed_behind_a_result(fn: Any, legal: bool) -> None:
     ours = check_exact(Adapted(), {"x": torch.randn(2, 23, H, requires_grad=True)})
     assert chunked(ours.report, "mlp") == legal, str(ours.report)
     assert ("not convex" in reasons(ours.report)) != legal
+
+
+def test_an_attention_with_dropout_stays_behind_the_dropout_before_it() -> None:
+    up, down, gated = nn.Linear(H, I), nn.Linear(I, H), nn.Linear(I, H)
+    weights = [p.double() for m in (up, down, gated) for p in m.double().parameters()]
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        h = F.gelu(up(x))
+        z = F.dropout(down(h).relu(), 0.3)
+        gate = F.scaled_dot_product_attention(x, x, x, dropout_p=0.4).mean(-1, keepdim=True)
+        return (z + gated(h * gate)).square().sum()
+
+    x, found = torch.randn(2, 23, H, dtype=torch.float64, requires_grad=True), []
+    for f in (torch.compile(fn, backend="aot_eager"), torch.compile(fn, backend="mst", options=SMALL)):
+        torch.manual_seed(3)
+        loss = f(x)
+        found.append([loss.detach(), *torch.autograd.grad(loss, [x, *weights])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_an_elementwise_op_in_front_fixes_no_length() -> None:
+    up, down, bias = nn.Linear(H, I), nn.Linear(I, H), nn.Parameter(torch.randn(H))
+    compiled = torch.compile(lambda x: down(F.gelu(up(x + bias))).square().mean(), backend="mst", options=SMALL)
+    for length in (H, H + 8, 3 * H):
+        x = torch.randn(length, H)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x).backward()
+    assert len(mst_fx.reports()) == 1
 
 
 def test_flattened_logits_returned_under_dynamic_shapes() -> None:

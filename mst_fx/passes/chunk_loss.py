@@ -55,8 +55,7 @@ def chunk_loss(graph: Graph, context: Context) -> list[RegionReport]:
     regions = find_regions(graph.module, context.fake_mode, graph.outer)
     hidden = max((r.in_features for r in regions), default=0)
     losses = [r for r in regions if r.kind == "loss" and not _is_low_rank(r, hidden)]
-    weights = Counter(p.weight for r in losses for a in r.amplifiers if (p := read_projection(a, r.outer)))
-    several = {w for w, count in weights.items() if count > 1}
+    several = _of_several(losses)
     reports = {id(r): _chunk(r, graph, context, several) for r in losses if not _is_sliced(r)}
     for region in losses:
         if _is_sliced(region):
@@ -100,14 +99,14 @@ def _is_low_rank(region: Region, hidden: int) -> bool:
     return region.wide_features <= hidden and all(isinstance(read_total(t), ValueSum) for t in region.terminals)
 
 
-def _chunk(region: Region, graph: Graph, context: Context, several: set[fx.Node]) -> RegionReport:
+def _chunk(region: Region, graph: Graph, context: Context, several: set[int]) -> RegionReport:
     problem = check_loss(region, graph)
     if problem is not None:
         return skipped(region, problem.reason)
     return chunk_folded(region, context, lambda lifted: _attempt(lifted, graph, context, several), behind=False)
 
 
-def _attempt(lifted: Lifted, graph: Graph, context: Context, several: set[fx.Node]) -> RegionReport:
+def _attempt(lifted: Lifted, graph: Graph, context: Context, several: set[int]) -> RegionReport:
     region = lifted.region
     if not lifted.trains and context.config.logits == "lazy" and any(needs_grad(v) for v, _ in region.leaving):
         return skipped(region, _NO_LOSS, lifted)
@@ -145,14 +144,14 @@ def check_loss(region: Region, graph: Graph) -> Mismatch | None:
 # -- where gradients are formed ----------------------------------------------------------------------
 
 
-def _choose_op(lifted: Lifted, graph: Graph, context: Context, several: set[fx.Node]) -> tuple[Lifted, str, str]:
+def _choose_op(lifted: Lifted, graph: Graph, context: Context, several: set[int]) -> tuple[Lifted, str, str]:
     """Choose where gradients are formed: in the forward only for one scalar that is linear in per-token values.
 
     Args:
         lifted: The region.
         graph: Its graph.
         context: The pass's.
-        several: Weights that more than one loss of the graph reads.
+        several: From ``_of_several``.
     """
     setting = context.config.loss_gradient
     if not lifted.trains or setting == "recompute":
@@ -169,10 +168,20 @@ def _choose_op(lifted: Lifted, graph: Graph, context: Context, several: set[fx.N
     return summed, "sum", ""
 
 
-def _keeps_more(lifted: Lifted, several: set[fx.Node]) -> bool:
+def _of_several(losses: list[Region]) -> set[int]:
+    """Return the storages of weights that more than one loss reads which trains."""
+    trained = [r for r in losses if r.terminals and not r.problems and any(map(needs_grad, r.terminals))]
+    counts: Counter[int] = Counter()
+    for region in trained:
+        read = [read_projection(a, region.outer) for a in region.amplifiers]
+        counts.update(set().union(*(storages(p.weight) for p in read if p)))
+    return {storage for storage, count in counts.items() if count > 1}
+
+
+def _keeps_more(lifted: Lifted, several: set[int]) -> bool:
     """Whether several losses would each keep a gradient of one weight, larger than their logits, to the backward."""
     logits = planned_tokens(lifted) * lifted.region.wide_features
-    shared = any(i.node in several for i in [*lifted.shared, *lifted.placeholders.values()])
+    shared = any(storages(i.node) & several for i in [*lifted.shared, *lifted.placeholders.values()])
     return shared and any(s.needs_grad and math.prod(s.shape) > logits for s in lifted.body.shared)
 
 

@@ -148,7 +148,7 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         compiled = None
         if backward is not None:
             compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
-        extends = backward is not None and any(_is_extended(s, config.accumulate) for s in body.shared)
+        extends = backward is not None and any(_sums_extended(s, config.accumulate) for s in body.shared)
         adds = adder(config.compiler, options) if extends else add
     except Exception as e:
         raise BodyError(
@@ -165,7 +165,7 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
     return name
 
 
-def _is_extended(spec: InputSpec, accumulate: str) -> bool:
+def _sums_extended(spec: InputSpec, accumulate: str) -> bool:
     return spec.needs_grad and is_extended(sum_dtype(spec.dtype, accumulate, spec.shape), spec.device)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.graph import fake_tensor, is_parameter_like, node_name
-from mst_fx.rowform.rows import concrete, is_one
+from mst_fx.rowform.rows import concrete, is_one, same_size
 
 
 class Projection(NamedTuple):
@@ -218,9 +218,12 @@ def _is_channels_first(node: Any) -> bool:
             ahead.append(node.args[0])
         elif node_name(node) in _POINTWISE:
             value = fake_tensor(node)
-            inputs = [(n, fake_tensor(n)) for n in node.all_input_nodes]
-            ahead += [n for n, v in inputs if v is not None and value is not None and v.shape == value.shape]
+            ahead += [n for n in node.all_input_nodes if _same_shape(fake_tensor(n), value)]
     return False
+
+
+def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.ndim == b.ndim and all(map(same_size, a.shape, b.shape))
 
 
 _CHANNELS_FIRST = {

@@ -3,7 +3,8 @@
     linear, silu, linear, mul, linear
  -> rows = x.flatten(0, 1); y = mst_fx.map([rows], [weights], body, C)[0].unflatten(0, (B, S))
 
-Only ``replace`` changes the graph, and nothing after its first change can fail.
+Only ``replace`` changes what the graph computes, and nothing after its first change can fail; ``find_place`` may move
+values that nothing but their inputs decides.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from mst_fx.graph import (
     is_autocast_switch,
     is_differentiable,
     needs_grad,
+    node_name,
     records_gradients,
     source_of,
     storages,
     stride_order,
+    tensors_in,
 )
+from mst_fx.inductor import is_plain_fake
 from mst_fx.regions.lift import Input, Lifted, Output
 from mst_fx.regions.losses import LossCall, count, none_counts, read_by_count, sum_dtype
 from mst_fx.regions.region import Region, module_stack, region_key
@@ -157,8 +161,9 @@ def _sources(lifted: Lifted) -> set[fx.Node]:
 def _move_up(lifted: Lifted, late: list[fx.Node], order: dict[fx.Node, int]) -> bool:
     """Move values that come late (labels shaped for a loss behind a metric, a low-rank weight) in front of the region.
 
-    Only what is computed from what is there already, as it would be there: without other ranks, and where values have
-    gradients or are cast, under the same switches.
+    Only what is computed from what is there already, as it would be there: without other ranks, random numbers and
+    autocast, outside of ``torch.func``, and where a gradient goes through it, in the same grad mode and by ops that
+    change layouts or multiply.
     """
     graph, place = lifted.region.module.graph, lifted.region.nodes[0]
     members, states = {*lifted.region.nodes, *lifted.dead}, grad_states(lifted.region.module)
@@ -170,12 +175,17 @@ def _move_up(lifted: Lifted, late: list[fx.Node], order: dict[fx.Node, int]) -> 
         if order[node] < order[place] or node in moved:
             continue
         values = [v for v in pytree.tree_leaves(fake(node)) if isinstance(v, torch.Tensor)]
+        given = [v for n in node.all_input_nodes for v in tensors_in(fake(n))]
         if node in members or not values or is_in_place(node) or draws(node):
+            return False
+        if not all(map(is_plain_fake, [*values, *given])):
             return False
         if communicates(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
         trains = any(v.requires_grad for v in values) or any(needs_grad(n) for n in node.all_input_nodes)
-        if any(is_differentiable(v.dtype) for v in values) and (switched or (trains and states[node] != states[place])):
+        if any(is_differentiable(v.dtype) for v in values) and switched:
+            return False
+        if trains and (states[node] != states[place] or node_name(node) not in _OF_WEIGHTS):
             return False
         moved.add(node)
         stack += node.all_input_nodes
@@ -186,6 +196,13 @@ def _move_up(lifted: Lifted, late: list[fx.Node], order: dict[fx.Node, int]) -> 
     for node in sorted(moved, key=order.__getitem__):
         place.prepend(node)
     return True
+
+
+_OF_WEIGHTS = {
+    "getattr", "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand",
+    "contiguous", "getitem", "chunk", "split", "cat", "stack", "flip", "roll", "to", "float", "bfloat16", "half",
+    "type_as", "add", "sub", "mul", "div", "truediv", "neg", "tanh", "sigmoid", "exp", "matmul", "mm", "linear",
+}  # fmt: skip
 
 
 def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: int) -> None:

@@ -172,7 +172,7 @@ def _histc(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
     bins = given["bins"]
     if not isinstance(form, SlotRow) or form.ids is None:
         return None
-    if bins < 2 or given["min"] != 0 or given["max"] not in (bins - 1, bins):  # of whole numbers both count each
+    if bins < 2 or given["min"] != 0 or given["max"] not in (bins - 1, bins):  # either counts each number apart
         raise MixesTokensError("counts something else than the experts' numbers")
     return [Special("counts", b.emit(func, form.node, bins, 0, given["max"]), None, form.ids)]
 
