@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mst_fx import kernels, ops
+from mst_fx import extended, kernels, ops
 from mst_fx.extended import PIECE, add, adder, finish
 from mst_fx.inductor import cpu_multiplies
 from mst_fx.regions import chunking
@@ -55,3 +55,27 @@ def test_a_weight_summed_in_bf16_is_added_to_by_inductor(monkeypatch: pytest.Mon
     F.cross_entropy(x.double() @ weight.t(), labels).backward()
     assert weight.grad is not None
     assert error(head.weight.grad, weight.grad) < 4e-3
+
+
+def test_an_adder_whose_kernel_failed_in_the_background_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed:
+        def wait(self, scope: object) -> None:
+            raise RuntimeError("the C++ compiler was killed")
+
+    wait, compile_adder = kernels.finish, extended._compile
+    made: list[str] = []
+
+    def fail_once() -> None:
+        if len(made) == 1:
+            kernels._waiting[-1] = (Killed(), kernels._waiting[-1][1])  # pyright: ignore
+        wait()
+
+    monkeypatch.setattr(kernels, "finish", fail_once)
+    monkeypatch.setattr(extended, "_compiled", {})
+    monkeypatch.setattr(extended, "_compile", lambda *given: made.append(given[0]) or compile_adder(*given))
+    head = torch.nn.Linear(64, 8192, bias=False).bfloat16()
+    x, labels = torch.randn(40, 64).bfloat16(), torch.randint(0, 8192, (40,))
+    options = {"mst.chunk_tokens": 16, "mst.accumulate": "parameter"}
+    torch.compile(lambda x: F.cross_entropy(head(x) * 1.5, labels), backend="mst", options=options)(x).backward()
+    assert made == ["inductor", "inductor"]
+    assert head.weight.grad is not None
