@@ -56,8 +56,8 @@ def models() -> list[tuple[str, ...]]:
 
 def _card(rows: list[dict[str, Any]]) -> str:
     """Return the card that rows were measured on; a row that has only a reason does not say it."""
-    named = next((r["device"] for r in rows if "device" in r), "not known")
-    return named.removeprefix("NVIDIA ").removesuffix(" 80GB HBM3")
+    device = next((r["device"] for r in rows if "device" in r), None)
+    return "not known" if device is None else device.removeprefix("NVIDIA ").split(" ")[0]
 
 
 def _load(name: str) -> list[dict[str, Any]]:

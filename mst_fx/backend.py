@@ -61,7 +61,7 @@ def compile_chunked(
     gm: fx.GraphModule, example_inputs: list[Any], config: Config, only: Collection[tuple[str, str]] | None = None
 ) -> tuple[Callable[..., Any], Report]:
     """Rewrite and compile a Dynamo graph; ``only`` is that of ``run_passes``."""
-    known, adders = set(BODIES), extended.settings()
+    known = set(BODIES)
     compiled, report, logits = _compile(gm, example_inputs, config, only)
     try:
         kernels.finish()
@@ -69,7 +69,7 @@ def compile_chunked(
         log.debug("a body's kernel failed in the background; compiled again one by one to know which", exc_info=True)
         for name in BODIES.keys() - known:
             del BODIES[name]
-        extended.forget(adders)
+        extended.forget()
         with kernels.at_once():
             compiled, report, logits = _compile(gm, example_inputs, config, only)
     if not logits:

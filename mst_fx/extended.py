@@ -11,10 +11,11 @@ way of memory, so that the end, which is a few ops and comes once, is no faster 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from mst_fx.body import Body, InputSpec, trace_forward
 from mst_fx.inductor import compile_body, cpu_multiplies, global_settings
@@ -68,17 +69,13 @@ def _join_piece(upper: torch.Tensor, lower: torch.Tensor, space: torch.Tensor) -
 # -- the same in one pass ----------------------------------------------------------------------------
 
 
-class _Added:
-    """A body without outputs: it changes its inputs."""
-
-    def __call__(self, upper: torch.Tensor, lower: torch.Tensor, part: torch.Tensor) -> list[torch.Tensor]:
-        wide = (upper.float().view(torch.int32) + lower.to(torch.int32) * 2**8).view(torch.float32)
-        bits = (wide + part.float()).view(torch.int32) + 0x80
-        lower.copy_((bits >> 8 & 0xFF).to(torch.uint8))
-        upper.copy_((bits & -0x10000).view(torch.float32))
-        return []
-
-    code = "added"
+def _added(upper: torch.Tensor, lower: torch.Tensor, part: torch.Tensor) -> list[torch.Tensor]:
+    """Add in place; as a body it has no outputs."""
+    wide = (upper.float().view(torch.int32) + lower.to(torch.int32) * 2**8).view(torch.float32)
+    bits = (wide + part.float()).view(torch.int32) + 0x80
+    lower.copy_((bits >> 8 & 0xFF).to(torch.uint8))
+    upper.copy_((bits & -0x10000).view(torch.float32))
+    return []
 
 
 _compiled: dict[str, Adder] = {}
@@ -94,21 +91,15 @@ def adder(compiler: str, options: Mapping[str, Any]) -> Adder:
     return _compiled[setting]
 
 
-def forget(known: Collection[str]) -> None:
-    """Forget what was compiled but for these settings: a kernel of it may have failed in the background."""
-    for setting in _compiled.keys() - set(known):
-        del _compiled[setting]
-
-
-def settings() -> set[str]:
-    """Return the settings for which there is one that is compiled."""
-    return set(_compiled)
+def forget() -> None:
+    """Compile anew for the next region: a kernel may have failed in the background."""
+    _compiled.clear()
 
 
 def _compile(compiler: str, options: Mapping[str, Any]) -> Adder:
     product = torch.bfloat16 if cpu_multiplies(torch.bfloat16) else torch.float32
     inputs = (InputSpec((), dtype, torch.device("cpu"), ()) for dtype in (torch.bfloat16, torch.uint8, product))
-    body = Body(_Added(), tuple(inputs), (), has_seed=False)
+    body = Body(fx.symbolic_trace(_added), tuple(inputs), (), has_seed=False)
     compiled = compile_body(*trace_forward(body, COMPILED_ROWS), compiler, dict(options))
 
     def add_fast(upper: torch.Tensor, lower: torch.Tensor, part: torch.Tensor) -> None:

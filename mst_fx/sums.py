@@ -31,13 +31,12 @@ def sum_dtype(dtype: torch.dtype, accumulate: str, shape: Sequence[int]) -> torc
 
 def sum_itemsize(dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> int:
     """Return the bytes per number of such a sum."""
-    kept = sum_dtype(dtype, accumulate, shape)
-    return kept.itemsize + is_extended(kept, device)
+    return sum_dtype(dtype, accumulate, shape).itemsize + is_extended(dtype, accumulate, shape, device)
 
 
-def is_extended(kept: torch.dtype, device: torch.device) -> bool:
-    """Whether a sum that is kept in a dtype has eight bits more beside it."""
-    return kept is torch.bfloat16 and device.type == "cpu"
+def is_extended(dtype: torch.dtype, accumulate: str, shape: Sequence[int], device: torch.device) -> bool:
+    """Whether such a sum has eight bits more beside it."""
+    return device.type == "cpu" and sum_dtype(dtype, accumulate, shape) is torch.bfloat16
 
 
 class Sum:
@@ -57,6 +56,7 @@ class Sum:
     ) -> None:  # fmt: skip
         self._given, self._dtype = dtype, sum_dtype(dtype, accumulate, shape)
         self._shape, self._device = tuple(shape), device
+        self._is_extended = is_extended(dtype, accumulate, shape, device)
         self._total: torch.Tensor | None = None
         self._adder = adder
         self._rest: torch.Tensor | None = None
@@ -66,7 +66,7 @@ class Sum:
         """Add a part."""
         if self._total is None:
             self._total = part.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
-        elif is_extended(self._dtype, self._device):
+        elif self._is_extended:
             self._add_extended(slice(None), part.contiguous())
         else:
             self._total.add_(part)
@@ -74,7 +74,7 @@ class Sum:
     def add_product(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add ``a @ b``."""
         first = self._total is None
-        if a.dtype == self._dtype and (first or not is_extended(self._dtype, self._device)):
+        if a.dtype == self._dtype and (first or not self._is_extended):
             self._total = torch.mm(a, b) if self._total is None else self._total.addmm_(a, b)
             return
         if self._total is None:
@@ -84,7 +84,7 @@ class Sum:
             torch.mm(a, b, out_dtype=self._dtype, out=total)
         elif a.is_cuda:
             torch.addmm(total, a, b, out_dtype=self._dtype, out=total)
-        elif is_extended(self._dtype, self._device):
+        elif self._is_extended:
             for rows, part in self._products(a, b):
                 total[rows].copy_(part) if first else self._add_extended(rows, part)
         elif cpu_multiplies(a.dtype):

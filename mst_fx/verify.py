@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph import fake, run_on_fakes, walking
-from mst_fx.rowform.rows import same_size
+from mst_fx.rowform.rows import same_shape
 
 
 class VerifyError(AssertionError):
@@ -66,8 +66,7 @@ def _run(node: fx.Node, pass_name: str, fake_mode: Any) -> None:
 def _alike(old: Any, new: Any) -> bool:
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return type(old) is type(new) or not isinstance(old, torch.Tensor)
-    shapes = len(old.shape) == len(new.shape) and all(map(same_size, old.shape, new.shape))
-    return shapes and old.dtype == new.dtype and old.device == new.device
+    return same_shape(old, new) and old.dtype == new.dtype and old.device == new.device
 
 
 def _show(value: Any) -> str:

@@ -37,18 +37,24 @@ def test_one_pass_gives_the_bits_of_many() -> None:
         assert ends[0][0].isinf().any()
 
 
-def test_a_weight_summed_in_bf16_is_added_to_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    added: list[int] = []
-    with kernels.at_once():
-        ours = adder("inductor", {})
-    monkeypatch.setattr(chunking, "adder", lambda *_: lambda *given: added.append(len(given[0])) or ours(*given))
-    monkeypatch.setattr(chunking, "BODIES", ops.BODIES.__class__())
-    monkeypatch.setattr(ops, "BODIES", chunking.BODIES)
+def train_head(scale: float = 1.0) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    """Take a step of a head in bf16 whose gradient is summed over three chunks in bf16."""
     head = torch.nn.Linear(64, 8192, bias=False).bfloat16()
     x, labels = torch.randn(48, 64).bfloat16(), torch.randint(0, 8192, (48,))
     options = {"mst.chunk_tokens": 16, "mst.accumulate": "parameter"}
-    fn = torch.compile(lambda x: F.cross_entropy(head(x), labels), backend="mst", options=options)
-    fn(x).backward()
+    torch.compile(lambda x: F.cross_entropy(head(x) * scale, labels), backend="mst", options=options)(x).backward()
+    return head, x, labels
+
+
+def test_a_weight_summed_in_bf16_is_added_to_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    bodies: dict[str, ops.CompiledBody] = {}
+    with kernels.at_once():
+        ours = adder("inductor", {})
+    monkeypatch.setattr(chunking, "adder", lambda *_: lambda *given: added.append(len(given[0])) or ours(*given))
+    for module in (chunking, ops):
+        monkeypatch.setattr(module, "BODIES", bodies)
+    head, x, labels = train_head()
     assert sum(added) == 2 * 64 * 8192
     assert head.weight.grad is not None
     weight = head.weight.detach().double().requires_grad_()
@@ -73,9 +79,6 @@ def test_an_adder_whose_kernel_failed_in_the_background_is_compiled_again(monkey
     monkeypatch.setattr(kernels, "finish", fail_once)
     monkeypatch.setattr(extended, "_compiled", {})
     monkeypatch.setattr(extended, "_compile", lambda *given: made.append(given[0]) or compile_adder(*given))
-    head = torch.nn.Linear(64, 8192, bias=False).bfloat16()
-    x, labels = torch.randn(40, 64).bfloat16(), torch.randint(0, 8192, (40,))
-    options = {"mst.chunk_tokens": 16, "mst.accumulate": "parameter"}
-    torch.compile(lambda x: F.cross_entropy(head(x) * 1.5, labels), backend="mst", options=options)(x).backward()
+    head, _, _ = train_head(scale=1.5)
     assert made == ["inductor", "inductor"]
     assert head.weight.grad is not None

@@ -262,7 +262,7 @@ def test_weights_computed_behind_a_result(fn: Any, legal: bool) -> None:
 
 def test_an_attention_with_dropout_stays_behind_the_dropout_before_it() -> None:
     up, down, gated = nn.Linear(H, I), nn.Linear(I, H), nn.Linear(I, H)
-    weights = [p.double() for m in (up, down, gated) for p in m.double().parameters()]
+    weights = [p for m in (up, down, gated) for p in m.double().parameters()]
 
     def fn(x: torch.Tensor) -> torch.Tensor:
         h = F.gelu(up(x))

@@ -31,7 +31,6 @@ from mst_fx.regions.chunking import chunk_folded, chunk_region, planned_tokens, 
 from mst_fx.regions.coefficients import sum_lifted
 from mst_fx.regions.lift import Lifted, Lifter, Output, finish_lift
 from mst_fx.regions.losses import ValueSum, read_total
-from mst_fx.regions.projections import read_projection
 from mst_fx.regions.region import Region, find_regions, region_key
 from mst_fx.regions.rewrite import erase_dead, erase_region
 from mst_fx.report import Mismatch, RegionReport
@@ -170,11 +169,10 @@ def _choose_op(lifted: Lifted, graph: Graph, context: Context, several: set[int]
 
 def _of_several(losses: list[Region]) -> set[int]:
     """Return the storages of weights that more than one loss reads which trains."""
-    trained = [r for r in losses if r.terminals and not r.problems and any(map(needs_grad, r.terminals))]
     counts: Counter[int] = Counter()
-    for region in trained:
-        read = [read_projection(a, region.outer) for a in region.amplifiers]
-        counts.update(set().union(*(storages(p.weight) for p in read if p)))
+    for region in losses:
+        if region.legal and any(map(needs_grad, region.terminals)):
+            counts.update(set().union(*(storages(p.weight) for p in region.projections.values())))
     return {storage for storage, count in counts.items() if count > 1}
 
 

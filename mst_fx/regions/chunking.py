@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Body, InputSpec, differentiable_outputs, trace_backward, trace_forward, trace_sum
+from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
 from mst_fx.context import Context
 from mst_fx.extended import add, adder
 from mst_fx.graph import fake, fake_tensor, module_path, size_hint, tensors_in
@@ -27,7 +26,7 @@ from mst_fx.regions.projections import read_projection
 from mst_fx.regions.region import Region, region_key
 from mst_fx.regions.rewrite import find_place, replace
 from mst_fx.report import BodyCode, Mismatch, RegionReport
-from mst_fx.sums import is_extended, sum_dtype, sum_itemsize
+from mst_fx.sums import is_extended, sum_itemsize
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +147,8 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         compiled = None
         if backward is not None:
             compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
-        extends = backward is not None and any(_sums_extended(s, config.accumulate) for s in body.shared)
+        trained = [s for s in body.shared if s.needs_grad and backward is not None]
+        extends = any(is_extended(s.dtype, config.accumulate, s.shape, s.device) for s in trained)
         adds = adder(config.compiler, options) if extends else add
     except Exception as e:
         raise BodyError(
@@ -163,10 +163,6 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         name, body_code(traced), body_code(backward.graph) if backward else ""
     )
     return name
-
-
-def _sums_extended(spec: InputSpec, accumulate: str) -> bool:
-    return spec.needs_grad and is_extended(sum_dtype(spec.dtype, accumulate, spec.shape), spec.device)
 
 
 def _rounds_less(body: Body, accumulate: str) -> bool:
@@ -259,9 +255,7 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
     if lifted is not None:
         tokens = _tokens(lifted)
     elif value is not None:
-        taken = region.amplifiers[0].args[1] if region.amplifiers[0].target is operator.getitem else None
-        numbers = fake_tensor(taken)  # of the experts whose weights are taken
-        count = math.prod(value.shape[:-1] if numbers is None else numbers.shape)
+        count = math.prod(value.shape[:-1]) if region.rows is None else region.rows
         tokens = count if isinstance(count, int) else str(count)
     hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
     trains = any(v.requires_grad for n in region.nodes for v in tensors_in(fake(n)))

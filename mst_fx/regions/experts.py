@@ -59,6 +59,8 @@ def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
             lost.wide.add(node)
             lost.region.amplifiers.append(node)
             lost.failures[node] = why
+            ids = fake_tensor(_numbers_taken(node))
+            lost.region.rows = None if ids is None else ids.numel()
             found.append(lost)
             places.add(module_path(node))
     return found
@@ -68,11 +70,13 @@ def _lost(node: fx.Node) -> str:
     """Return what to say of an expert's product, or of weights taken for one, that no walk came by; "" for others."""
     if multiplies_groups(node):
         return "multiplies groups of rows that no sort of the experts' numbers could be followed to"
-    if node.target is operator.getitem and any(node_name(u) in _PRODUCTS for u in node.users):
-        table, ids, taken = map(fake_tensor, (node.args[0], node.args[1], node))
-        if table is not None and ids is not None and taken is not None and table.ndim == 3:
-            if not ids.is_floating_point() and ids.dtype is not torch.bool and taken.numel() > table.numel():
-                return "takes a matrix per token and expert; that is followed where all experts are one list, by `bmm`"
+    ids, taken = fake_tensor(_numbers_taken(node)), fake_tensor(node)
+    if ids is None or taken is None or ids.is_floating_point() or ids.dtype is torch.bool:
+        return ""
+    table = fake_tensor(node.args[0])
+    assert table is not None
+    if taken.numel() > table.numel() and any(node_name(u) in _PRODUCTS for u in node.users):
+        return "takes a matrix per token and expert; that is followed where all experts are one list, by `bmm`"
     return ""
 
 
@@ -83,14 +87,13 @@ def _is_entry(node: fx.Node) -> bool:
     value = fake_tensor(node)
     if value is None or value.ndim != 1 or value.is_floating_point() or value.dtype is torch.bool:
         return False
-    return any(node_name(u) in ("sort", "argsort") or _gathers_weights(u, node) for u in node.users)
+    return any(node_name(u) in ("sort", "argsort") or _numbers_taken(u) is node for u in node.users)
 
 
-def _gathers_weights(user: fx.Node, ids: fx.Node) -> bool:
-    if user.target is not operator.getitem or user.args[1] is not ids:
-        return False
-    table = fake_tensor(user.args[0])
-    return table is not None and table.ndim == 3
+def _numbers_taken(node: fx.Node) -> Any:
+    """Return the numbers by which a node takes matrices out of a table of them, None for any other node."""
+    table = fake_tensor(node.args[0]) if node.target is operator.getitem else None
+    return node.args[1] if table is not None and table.ndim == 3 else None
 
 
 class Experts:

@@ -40,7 +40,7 @@ from mst_fx.graph import (
 )
 from mst_fx.inductor import is_plain_fake
 from mst_fx.regions.projections import read_projection
-from mst_fx.rowform.rows import same_size
+from mst_fx.rowform.rows import same_shape
 
 MOST_NODES = 40
 """A norm in the longest spelling has about ten."""
@@ -170,6 +170,4 @@ def _is_norm(node: fx.Node) -> bool:
 
 def _alike(node: fx.Node, other: fx.Node) -> bool:
     a, b = fake_tensor(node), fake_tensor(other)
-    if a is None or b is None or a.ndim != b.ndim:
-        return False
-    return all(same_size(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+    return a is not None and b is not None and same_shape(a, b)

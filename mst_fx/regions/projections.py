@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.graph import fake_tensor, is_parameter_like, node_name
-from mst_fx.rowform.rows import concrete, is_one, same_size
+from mst_fx.rowform.rows import concrete, is_one, same_shape
 
 
 class Projection(NamedTuple):
@@ -216,14 +216,11 @@ def _is_channels_first(node: Any) -> bool:
             return True
         if node_name(node) == "flatten" and node.args[1:] in ((2,), (2, -1)):
             ahead.append(node.args[0])
-        elif node_name(node) in _POINTWISE:
-            value = fake_tensor(node)
-            ahead += [n for n in node.all_input_nodes if _same_shape(fake_tensor(n), value)]
+        value = fake_tensor(node)
+        if node_name(node) in _POINTWISE and value is not None:
+            inputs = ((n, fake_tensor(n)) for n in node.all_input_nodes)
+            ahead += [n for n, v in inputs if v is not None and same_shape(v, value)]
     return False
-
-
-def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is not None and b is not None and a.ndim == b.ndim and all(map(same_size, a.shape, b.shape))
 
 
 _CHANNELS_FIRST = {

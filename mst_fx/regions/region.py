@@ -64,6 +64,8 @@ class Region:
     """Bytes per token of wide values that no node of the graph shows."""
     fold: Fold = field(default_factory=Fold)
     """What surrounds the region and was taken into ``nodes``."""
+    rows: Any = None
+    """How many rows there are, where the shape of the first amplifier does not tell."""
     partial_sums: bool = False
     """Whether a chunk forms whole gradients of weights, which are then added: one more copy of them."""
 

@@ -185,7 +185,7 @@ def _move_up(lifted: Lifted, late: list[fx.Node], order: dict[fx.Node, int]) -> 
         trains = any(v.requires_grad for v in values) or any(needs_grad(n) for n in node.all_input_nodes)
         if any(is_differentiable(v.dtype) for v in values) and switched:
             return False
-        if trains and (states[node] != states[place] or node_name(node) not in _OF_WEIGHTS):
+        if trains and (states[node] != states[place] or node_name(node) not in _LAYOUTS_AND_PRODUCTS):
             return False
         moved.add(node)
         stack += node.all_input_nodes
@@ -198,7 +198,7 @@ def _move_up(lifted: Lifted, late: list[fx.Node], order: dict[fx.Node, int]) -> 
     return True
 
 
-_OF_WEIGHTS = {
+_LAYOUTS_AND_PRODUCTS = {
     "getattr", "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand",
     "contiguous", "getitem", "chunk", "split", "cat", "stack", "flip", "roll", "to", "float", "bfloat16", "half",
     "type_as", "add", "sub", "mul", "div", "truediv", "neg", "tanh", "sigmoid", "exp", "matmul", "mm", "linear",

@@ -30,7 +30,7 @@ from mst_fx.effects import gradients_flow, is_in_place
 from mst_fx.graph import fake_tensor, grad_states, ndim, needs_grad, node_name, records_gradients, storages, walking
 from mst_fx.regions.lift import Lifter, Output
 from mst_fx.regions.losses import read_total
-from mst_fx.rowform.rows import Row, same_size
+from mst_fx.rowform.rows import Row, same_shape
 
 _SCALES = {"mul": "scale", "imul": "scale", "mul_": "scale", "multiply": "scale", "truediv": "divide", "div": "divide",
            "itruediv": "divide", "div_": "divide", "divide": "divide", "true_divide": "divide"}  # fmt: skip
@@ -192,7 +192,7 @@ class Tail:
 
 def _keeps_shape(node: Any, result: torch.Tensor) -> bool:
     value = fake_tensor(node)
-    return value is not None and value.ndim == result.ndim and all(map(same_size, value.shape, result.shape))
+    return value is not None and same_shape(value, result)
 
 
 def _follows(node: fx.Node, other: fx.Node) -> bool:

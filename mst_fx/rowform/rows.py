@@ -77,6 +77,11 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two shapes are equal for certain, without adding a guard."""
+    return a.ndim == b.ndim and all(map(same_size, a.shape, b.shape))
+
+
 def concrete(size: Any) -> Any:
     """Return a size as an int where it is known to be one, e.g. a symbol that a weight's shape has settled."""
     if isinstance(size, torch.SymInt):
