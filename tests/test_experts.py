@@ -52,7 +52,27 @@ class Sorted(nn.Module):
         y = grouped(x_g, self.up, offs) + self.bias[ids_g]
         y = grouped(self.parts["act"](y), self.down, offs)
         y = self.parts["after"](self, y, v) * share[perm].unsqueeze(-1)
+        if "back" in self.parts:
+            return self.parts["back"](self, y, perm, v).view_as(x)
         return self.parts["join"](self, y[self.parts["invert"](self, perm)], v).view_as(x)
+
+
+def put_back(s: Any, y: torch.Tensor, perm: torch.Tensor, how: str) -> torch.Tensor:
+    """Sum the choices of each token in one of the ways beside the inverse permutation."""
+    token, out = perm // s.k, torch.zeros(y.shape[0] // s.k, H, dtype=y.dtype)
+    places = token[:, None].expand(-1, H)
+    if how == "gather":
+        return y.gather(0, perm.argsort()[:, None].repeat(1, H)).view(-1, s.k, H).sum(1)
+    if how in ("setitem", "room"):
+        whole = torch.zeros_like(y) if how == "setitem" else y.new_empty(y.shape[0], H)
+        whole[perm] = y
+        return whole.view(-1, s.k, H).sum(1)
+    if how == "index_put":
+        return out.index_put((token,), y, accumulate=True)
+    if how == "index_add_":
+        out.index_add_(0, token, y)
+        return out
+    return out.index_add(0, token, y) if how == "index_add" else out.scatter_add(0, places, y)
 
 
 def take(s: Any, flat: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
@@ -115,6 +135,18 @@ LEGAL: dict[str, dict[str, Any]] = {
     "load_counted": {"offsets": balanced},
     "capacity_outside": {"ids": dropped, "after": lambda s, y, v: y.masked_fill((v["ids_g"] >= E)[:, None], 0.0)},
     "dropout": {"act": lambda y: F.dropout(act(y), 0.0, True)},
+    "gathered": {"take": lambda s, x, p: x.gather(0, (p // s.k)[:, None].expand(-1, H))},
+    "gathered_back": {"invert": lambda s, p: p.argsort(), "back": lambda s, y, p, v: put_back(s, y, p, "gather")},
+    "added_up": {"back": lambda s, y, p, v: put_back(s, y, p, "index_add")},
+    "added_up_in_place": {"back": lambda s, y, p, v: put_back(s, y, p, "index_add_")},
+    "added_up_by_scatter": {"back": lambda s, y, p, v: put_back(s, y, p, "scatter_add")},
+    "added_up_by_index_put": {"back": lambda s, y, p, v: put_back(s, y, p, "index_put")},
+    "added_to_another": {"back": lambda s, y, p, v: (v["flat"] * 2).index_add(0, p // s.k, y, alpha=0.5)},
+    "one_added_up": {"k": 1, "back": lambda s, y, p, v: torch.zeros_like(v["flat"]).index_add(0, p, y)},
+    "put_in_places": {"back": lambda s, y, p, v: put_back(s, y, p, "setitem")},
+    "put_in_new_room": {"back": lambda s, y, p, v: put_back(s, y, p, "room")},
+    "one_put_in_place": {"k": 1, "back": lambda s, y, p, v: torch.zeros(46, H, dtype=y.dtype).index_put((p,), y)},
+    "put_over_others": {"back": lambda s, y, p, v: (y * 2).index_put((p,), y).view(-1, s.k, H).sum(1)},
 }
 
 
@@ -214,6 +246,20 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other_order_added": ({"after": lambda s, y, v: y + v["flat"].repeat_interleave(s.k, 0)}, "different orders"),
     "neighbours_summed": ({"join": lambda s, y, v: y.view(s.k, -1, H).sum(0)}, "views"),
+    "added_by_place": ({"back": lambda s, y, p, v: torch.zeros(46 * s.k, H).index_add(0, p, y)[:46]}, "known to belong"),
+    "added_in_other_order": (
+        {"back": lambda s, y, p, v: torch.zeros(46, H).index_add(0, p // s.k, y[p.argsort()])}, "order|positions"
+    ),
+    "added_to_next_token": (
+        {"back": lambda s, y, p, v: torch.zeros(46, H).index_add(0, (p // s.k + 1) % 46, y)}, "positions"
+    ),
+    "added_along_features": (
+        {"back": lambda s, y, p, v: torch.zeros(H, 46).index_add(1, p // s.k, y.T).T}, "order|positions"
+    ),
+    "some_features_gathered": (
+        {"take": lambda s, x, p: F.pad(x.gather(0, (p // s.k)[:, None].expand(-1, H - 1)), (0, 1))}, "whole rows"
+    ),
+    "put_by_token": ({"back": lambda s, y, p, v: torch.zeros(92, H).index_put((p // s.k,), y)[:46]}, "known to belong"),
     "slots_returned": ({"after": lambda s, y, v: y + 0 * y.sum()}, "works over all tokens"),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ _OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, operator.ipow: operator.pow,
 }  # fmt: skip
-_SCATTERS = {"scatter", "scatter_add", "index_fill"}
+_SCATTERS = {"scatter", "scatter_add", "index_add", "index_put", "index_fill"}
 
 
 def functionalize(graph: Graph, context: Context) -> list[RegionReport]:

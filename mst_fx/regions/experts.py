@@ -43,6 +43,8 @@ from mst_fx.rowform.slots import SlotBuilder, SlotRow, SlotTracer
 _LAYOUT = {"view", "reshape", "flatten", "contiguous", "to", "float", "long", "int", "type_as", "expand", "unsqueeze",
            "repeat_interleave", "clone", "half", "bfloat16", "detach"}  # fmt: skip
 
+_ROOM = {"zeros", "empty", "new_zeros", "new_empty"}
+
 
 def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
     """Return every mixture of experts of a graph whose experts are multiplied by sorting or by gathered weights."""
@@ -194,7 +196,9 @@ class Experts:
         inputs = node.all_input_nodes
         known = [n for n in inputs if n in self.members]
         if not known:
-            if node_name(node) == "arange":
+            value = fake_tensor(node)
+            made = self.builder.k > 1 and value is not None and value.ndim and self.builder.counts_slots(value.shape[0])
+            if node_name(node) == "arange" or (node_name(node) in _ROOM and made):
                 self._record(node)
             return
         if node.op == "output" or all(n in self.terminals for n in known):

@@ -5,6 +5,7 @@
     x[:, :, ids] = 0                -> x = index_fill(x, 2, ids, 0)
     x[arange(T), labels]            -> gather(x, 1, labels[:, None])[:, 0]
     x[arange(T), labels] = v        -> x = scatter(x, 1, labels[:, None], v)
+    x[places] = rows                -> x = index_put(x, (places,), rows)
     x.narrow(1, 0, n), x.chunk(2)   -> x[:, 0:n], x[0:b], x[b:]
 
 Terms:
@@ -115,9 +116,12 @@ def write_item(writer: Writer, x: fx.Node, index: Any, value: Any) -> fx.Node | 
             value = _shaped_like(writer, value if number else writer.call(torch.unsqueeze, value, -1), like)
         return writer.call(torch.scatter, x, fake(x).ndim - 1, labels, value)
     picked = fake_tensor(items[0][1])
-    if len(items) > 1 or picked is None or not number:
+    if len(items) > 1 or picked is None:
         return None
     dim, chosen = items[0]
+    if not number:
+        rows = dim == 0 and picked.ndim == 1 and picked.dtype == torch.int64 and fake(value).dtype == fake(x).dtype
+        return writer.call(torch.index_put, x, (chosen,), value) if rows else None
     if picked.dtype == torch.bool:
         for _ in range(fake(x).ndim - dim - picked.ndim):
             chosen = writer.call(torch.unsqueeze, chosen, -1)

@@ -15,7 +15,7 @@ from torch import fx
 
 from mst_fx.rowform.rows import MixesTokensError, Row, aten, concrete, feature_shape, numel, same_size
 from mst_fx.rowform.rules.registry import op_name
-from mst_fx.rowform.slots import EXACT_FOR_IDS, RULES, Order, SlotBuilder, SlotRow, Special, slot_rule
+from mst_fx.rowform.slots import EXACT_FOR_IDS, RULES, Order, SlotBuilder, SlotRow, Special, Spread, slot_rule
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -102,6 +102,12 @@ def _scratch(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> li
     return [Special("scratch", order=form.order)] if isinstance(form, Special) and form.role == "perm" else None
 
 
+@slot_rule(aten.empty, aten.zeros, aten.new_empty, aten.new_zeros)
+def _blank(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Room for all slots."""
+    return [Special("scratch")] if outs[0].ndim and b.counts_slots(outs[0].shape[0]) else None
+
+
 @slot_rule(aten.detach, aten.alias, aten.clone)
 def _same(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
     form = b.form(args[0])
@@ -142,7 +148,6 @@ def _index(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
     at, form = b.form(index), b.form(x)
     if not isinstance(at, Special | SlotRow):
         return None
-    kinds = (True,) + (False,) * (x.ndim - 1)
     if isinstance(at, SlotRow):
         assert isinstance(index, torch.Tensor)
         if isinstance(form, Row | Special) or at.kinds != (True,) or index.dtype not in (torch.int32, torch.int64):
@@ -150,20 +155,100 @@ def _index(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
         table = b.shared(x)
         node = b.emit(aten.index.Tensor, table, [at.node])
         return [SlotRow((True,) + (False,) * (outs[0].ndim - 1), node, at.order)]
+    return [_taken(b, x, at)]
+
+
+@slot_rule(aten.gather)
+def _gather(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Take whole rows, ``gather(x, 0, perm[:, None].expand(-1, H))``."""
+    x, at = args[0], b.form(args[2])
+    if not isinstance(at, Spread):
+        return None
+    if args[1] % x.ndim or list(outs[0].shape[1:]) != list(x.shape[1:]):
+        raise MixesTokensError("takes something else than whole rows")
+    return [_taken(b, x, at.of)]
+
+
+def _taken(b: SlotBuilder, x: torch.Tensor, at: Special) -> SlotRow:
+    """Return the rows of ``x`` at positions: of tokens into slots, of slots into another order."""
+    form, kinds = b.form(x), (True,) + (False,) * (x.ndim - 1)
     if at.role == "token":
-        if form is None and same_size(x.shape[0], b.tokens):
-            form = b.chunked(x, kinds)
-        if isinstance(form, Row) and not isinstance(form, SlotRow) and form.kinds == kinds:
-            if same_size(x.shape[0], b.tokens):
-                return [SlotRow(kinds, b.emit(aten.index.Tensor, form.node, [at.node]), at.order)]
+        form = _of_tokens(b, x)
+        if form is not None:
+            return SlotRow(kinds, b.emit(aten.index.Tensor, form.node, [at.node]), at.order)
+        form = b.form(x)
     if isinstance(form, SlotRow) and form.kinds == kinds:
         node = b.emit(aten.index.Tensor, form.node, [at.node])
-        in_order = at.role == "perm" or (at.role == "token" and b.k == 1)
-        if in_order and form.order is None:
-            return [SlotRow(kinds, node, at.order, form.ids)]
+        if _in_order(b, at) and form.order is None:
+            return SlotRow(kinds, node, at.order, form.ids)
         if at.role == "inverse" and form.order is at.order:
-            return [SlotRow(kinds, node, None, form.ids)]
+            return SlotRow(kinds, node, None, form.ids)
     raise MixesTokensError("takes rows by another permutation than the one they stand in")
+
+
+def _in_order(b: SlotBuilder, at: Special) -> bool:
+    """Whether positions say for each sorted slot which one it is."""
+    return at.role == "perm" or (at.role == "token" and b.k == 1)
+
+
+def _of_tokens(b: SlotBuilder, x: torch.Tensor) -> Row | None:
+    """Return ``x`` as rows of tokens, one token dimension in front; None if it is something else."""
+    form, kinds = b.form(x), (True,) + (False,) * (x.ndim - 1)
+    if not same_size(x.shape[0], b.tokens):
+        return None
+    if form is None:
+        form = b.chunked(x, kinds)
+    if isinstance(form, SlotRow) and b.k == 1 and form.order is None:
+        form = Row(form.kinds, form.node)
+    return form if isinstance(form, Row) and not isinstance(form, SlotRow) and form.kinds == kinds else None
+
+
+@slot_rule(aten.index_add, aten.scatter_add, aten.index_put)
+def _added_up(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Add sorted slots to their tokens, ``out.index_add(0, perm // k, rows)``, or put each in its place."""
+    given = _bound(func, args, kwargs)
+    whole, adds = given["self"], given.get("accumulate", True)
+    if func.overloadpacket is aten.index_put:
+        index, rows = (given["indices"][0] if len(given["indices"]) == 1 else None), given["values"]
+    else:
+        index, rows = given["index"], given.get("src", given.get("source"))
+        if given["dim"] % whole.ndim:
+            return None
+    at, slots = b.form(index), b.form(rows)
+    at = at.of if isinstance(at, Spread) and func.overloadpacket is aten.scatter_add else at
+    if not isinstance(at, Special) or not isinstance(slots, SlotRow) or slots.order is not at.order:
+        return None
+    kinds = (True,) + (False,) * (whole.ndim - 1)
+    if slots.kinds != kinds or list(rows.shape[1:]) != list(whole.shape[1:]):
+        return None
+    if adds and (at.role == "token" or (at.role == "perm" and b.k == 1)):
+        onto = _of_tokens(b, whole)
+        if onto is None:
+            raise MixesTokensError("adds slots up in something that has no row per token")
+        alpha = {"alpha": given["alpha"]} if given.get("alpha", 1) != 1 else {}
+        return [Row(kinds, b.emit(aten.index_add.default, onto.node, 0, at.node, slots.node, **alpha))]
+    if not adds and _in_order(b, at) and b.counts_slots(whole.shape[0]):
+        # Every place is written to, so it does not matter what was there, nor in which order.
+        onto = b.form(whole) or _of_tokens(b, whole)
+        if onto is not None and onto.node is None:  # room made for the purpose
+            onto = slots.with_node(b.emit(aten.empty_like.default, slots.node))
+        if isinstance(onto, Row) and onto.kinds == kinds:
+            return [SlotRow(kinds, b.emit(aten.index_put.default, onto.node, [at.node], slots.node), None, slots.ids)]
+    raise MixesTokensError("puts slots where they are not known to belong")
+
+
+@slot_rule(aten.view, aten.reshape, aten.unsqueeze, aten.expand, aten.repeat)
+def _spread(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
+    """Write positions out for every feature."""
+    form, shape = b.form(args[0]), outs[0].shape
+    of = form.of if isinstance(form, Spread) else form
+    if not isinstance(of, Special) or of.role not in ("perm", "token", "inverse") or len(shape) < 2:
+        return None
+    features = [concrete(s) for s in shape[1:]]
+    if not b.counts_slots(shape[0]) or not all(isinstance(s, int) for s in features):
+        return None
+    column = b.emit(aten.reshape.default, of.node, [-1, *(1 for _ in features)])
+    return [Spread(of, b.emit(aten.expand.default, column, [-1, *features]))]
 
 
 @slot_rule(aten.histc)

@@ -16,6 +16,7 @@ No part of it keeps tokens apart: where a row stands depends on all tokens. The 
 So each value gets one of these forms, and the same ops on a chunk's own slots give its own tokens' results:
 
     SlotRow: one row per slot, in the order of the tokens or in a sorted ``Order``. Its row form is ``[C * k, ...]``.
+        Added up into their tokens (``index_add`` at ``perm // k``) they are rows of tokens, in whatever order they were.
     Special: a permutation, its inverse, ``perm // k``, counts per expert, offsets; each knows of which ids or order.
 
 A ``Special`` may only go where it is known what it does there. All else has no row form.
@@ -54,6 +55,8 @@ class SlotRow(Row):
     """None: the order of the tokens, a token's choices side by side."""
     ids: fx.Node | None = None
     """The numbers these are (in whatever order), where nothing else was done to them."""
+    one_hot: fx.Node | None = None
+    """The numbers of which these, ``[S, experts]``, say which each is."""
 
     def with_node(self, node: fx.Node) -> SlotRow:
         """Return the same rows with other contents."""
@@ -72,6 +75,14 @@ class Special:
     order: Order | None = None
     source: fx.Node | None = None
     """Counts and offsets: the ids that were counted."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Positions written out for every feature, ``[S] -> [S, F]``, as ``gather`` and ``scatter_add`` take them."""
+
+    of: Special
+    node: fx.Node
 
 
 SlotRule = Callable[[Any, Any, Any, Any, Any], "list[Any] | None"]
@@ -99,7 +110,7 @@ class SlotTracer(RowTracer):
     def _record(self, func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         known = [self.b.form(t) for t in tensors]
-        special = any(isinstance(v, Special) for v in known)
+        special = any(isinstance(v, Special | Spread) for v in known)
         slots = [v for v in known if isinstance(v, SlotRow)]
         for rule in RULES.get(func.overloadpacket, ()):
             found = rule(self.b, func, args, kwargs, outs)
@@ -132,7 +143,7 @@ class SlotTracer(RowTracer):
 
     def _may_change(self, target: torch.Tensor) -> bool:
         """Whether a value is of the slots, which the whole mixture is searched for readers of, or made in the node."""
-        return isinstance(self.b.form(target), SlotRow | Special) or super()._may_change(target)
+        return isinstance(self.b.form(target), SlotRow | Special | Spread) or super()._may_change(target)
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Write an in-place op as its functional twin; slots stay slots."""
@@ -163,6 +174,6 @@ class SlotBuilder(RowBuilder):
 
     def shared(self, tensor: torch.Tensor, shape: Any = None) -> fx.Node:
         """Take ``tensor`` whole; positions of sorted tokens are no such value."""
-        if isinstance(self.form(tensor), Special):
+        if isinstance(self.form(tensor), Special | Spread):
             raise MixesTokensError("uses positions of sorted tokens as if they were a weight")
         return super().shared(tensor, shape)
