@@ -133,6 +133,16 @@ LEGAL: dict[str, dict[str, Any]] = {
         "offsets": lambda s, ids, g: torch.histc(g.float(), bins=E, min=0, max=E).cumsum(0, dtype=torch.int32)
     },
     "load_counted": {"offsets": balanced},
+    "counted_one_hot": {"offsets": lambda s, ids, g: F.one_hot(ids, E).sum(0).cumsum(0).to(torch.int32)},
+    "counted_by_comparison": {
+        "offsets": lambda s, ids, g: (ids[:, None] == torch.arange(E)).sum(0).cumsum(0).to(torch.int32)
+    },
+    "counted_by_scatter": {
+        "offsets": lambda s, ids, g: (
+            torch.zeros(E, dtype=torch.int64).scatter_add(0, ids, torch.ones_like(ids)).cumsum(0, dtype=torch.int32)
+        )
+    },
+    "searched": {"offsets": lambda s, ids, g: torch.searchsorted(g, torch.arange(E), right=True).to(torch.int32)},
     "capacity_outside": {"ids": dropped, "after": lambda s, y, v: y.masked_fill((v["ids_g"] >= E)[:, None], 0.0)},
     "dropout": {"act": lambda y: F.dropout(act(y), 0.0, True)},
     "gathered": {"take": lambda s, x, p: x.gather(0, (p // s.k)[:, None].expand(-1, H))},
@@ -228,6 +238,28 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "counts_stretched": (
         {"offsets": lambda s, ids, g: torch.histc(g.float(), bins=E, min=0, max=E + 1).cumsum(0, dtype=torch.int32)},
         "counts something else",
+    ),
+    "counted_by_two": (
+        {"offsets": lambda s, ids, g: (
+            torch.zeros(E, dtype=torch.int64).scatter_add(0, ids, ids * 0 + 1).cumsum(0, dtype=torch.int32))},
+        "not known to be the experts'",
+    ),
+    "compared_to_others": (
+        {"offsets": lambda s, ids, g: (ids[:, None] == torch.arange(E).flip(0)).sum(0).cumsum(0).to(torch.int32)},
+        "not known to be the experts'",
+    ),
+    "compared_to_changed": (
+        {"offsets": lambda s, ids, g: (
+            (ids[:, None] == torch.arange(E).index_fill_(0, ids[:1], 7)).sum(0).cumsum(0).to(torch.int32))},
+        "not known to be the experts'",
+    ),
+    "searched_left": (
+        {"offsets": lambda s, ids, g: torch.searchsorted(g, torch.arange(E)).to(torch.int32)},
+        "not known to be the experts'",
+    ),
+    "searched_for_others": (
+        {"offsets": lambda s, ids, g: torch.searchsorted(g, torch.arange(1, E + 1), right=True).to(torch.int32)},
+        "not known to be the experts'",
     ),
     "offsets_from_all_tokens": (
         {"offsets": lambda s, ids, g: torch.full((E,), ids.shape[0], dtype=torch.int32) * (ids[0] >= 0)},

@@ -196,9 +196,7 @@ class Experts:
         inputs = node.all_input_nodes
         known = [n for n in inputs if n in self.members]
         if not known:
-            value = fake_tensor(node)
-            made = self.builder.k > 1 and value is not None and value.ndim and self.builder.counts_slots(value.shape[0])
-            if node_name(node) == "arange" or (node_name(node) in _ROOM and made):
+            if self._is_made(node):
                 self._record(node)
             return
         if node.op == "output" or all(n in self.terminals for n in known):
@@ -212,6 +210,17 @@ class Experts:
             elif self.builder.form(value) is None:
                 self.outer.setdefault(id(value), n)
         self._record(node)
+
+    def _is_made(self, node: fx.Node) -> bool:
+        """Whether a node that reads nothing makes numbers or room that a mixture may be put together from."""
+        value, name = fake_tensor(node), node_name(node)
+        if value is None or not value.ndim or name not in ("arange", *_ROOM):
+            return False
+        if any(mutated_storages(n) & storages(node) for n in self.order):
+            return False
+        # Room for all tokens is a value with a row for each of them, as from outside.
+        tokens = same_size(value.shape[0], self.builder.tokens)
+        return name == "arange" or not tokens
 
     def _record(self, node: fx.Node) -> bool:
         """Record one node; returns whether that could be done."""

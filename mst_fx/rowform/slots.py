@@ -33,10 +33,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mst_fx.rowform.recorder import RowTracer
-from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, aten, same_size
+from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, aten, numel, same_size
 
 EXACT_FOR_IDS = {torch.int32, torch.int64, torch.float32, torch.float64}
 """Dtypes that hold any expert's number."""
+_SAME_NUMBERS = {aten._to_copy, aten.clone, aten.detach, aten.alias, aten.view, aten.reshape, aten.unsqueeze}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class SlotRow(Row):
         return SlotRow(self.kinds, node, self.order)
 
 
-Role = Literal["perm", "inverse", "token", "counts", "offsets", "iota", "scratch"]
+Role = Literal["perm", "inverse", "token", "counts", "offsets", "iota", "scratch", "holds"]
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,16 @@ class SlotTracer(RowTracer):
             for key in strange:
                 del self.b.live_ins[key]  # or it would be an old acquaintance the next time
             raise MixesTokensError("reads a value of every slot that comes from somewhere else")
-        keeps = func.overloadpacket in (aten._to_copy, aten.clone, aten.detach, aten.alias, aten.view, aten.reshape)
+        keeps = func.overloadpacket in _SAME_NUMBERS
         for out in outs:
             row = self.b.row(out)
             if row is not None and sum(row.kinds) != 1:
                 raise MixesTokensError("views slots as something else")
             if row is not None:
-                ids = slots[0].ids if keeps and out.ndim == 1 and out.dtype in EXACT_FOR_IDS else None
-                self.b.bind(out, SlotRow(row.kinds, row.node, slots[0].order, ids))
+                same = keeps and out.dtype in EXACT_FOR_IDS
+                ids = slots[0].ids if same and numel(out.shape[1:]) == 1 else None
+                one_hot = slots[0].one_hot if same and list(out.shape) == list(tensors[0].shape) else None
+                self.b.bind(out, SlotRow(row.kinds, row.node, slots[0].order, ids, one_hot))
 
     def _may_change(self, target: torch.Tensor) -> bool:
         """Whether a value is of the slots, which the whole mixture is searched for readers of, or made in the node."""
