@@ -88,9 +88,18 @@ def mutated_storages(node: fx.Node) -> set[int]:
         return set()
     if _is_foreign(node):
         return _watched(node)
-    operates = getattr(node.target, "__module__", "") == "_operator" and isinstance(node.args[0], fx.Node)
-    written = [node.args[0]] if operates else _quiet(node) if node.target in _QUIET else node.all_input_nodes
+    operates = getattr(node.target, "__module__", "") == "_operator" or _writes_first(node)
+    written = [node.args[0]] if operates and isinstance(node.args[0], fx.Node) else _quiet(node) if node.target in _QUIET else node.all_input_nodes
     return set().union(*(storages(n) for n in written))  # pyright: ignore[reportArgumentType]
+
+
+def _writes_first(node: fx.Node) -> bool:
+    """Whether a node is a method that writes to its tensor alone, by the schemas of the op behind it."""
+    packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
+    if packet is None or str(node.target) in _RESETS:
+        return False
+    schemas = [getattr(packet, name)._schema.arguments for name in packet.overloads()]
+    return not any(a.alias_info is not None and a.alias_info.is_write for given in schemas for a in given[1:])
 
 
 def change_after(node: fx.Node, held: set[int]) -> bool:

@@ -325,6 +325,38 @@ def test_transformers(name: str, experts: str) -> None:
     assert region.bytes_after < region.bytes_before
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_counts_for_a_buffer_shares_by_gather_and_sums_onto_the_shared_expert(k: int) -> None:
+    """As torchtitan has it: counts of one view of the ids, the sort of another, all added to what is there."""
+    require(trains_experts())
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.gate = nn.Embedding(61, H), nn.Linear(H, E, bias=False)
+            self.up, self.down = nn.Parameter(torch.randn(E, H, I) * 0.2), nn.Parameter(torch.randn(E, I, H) * 0.2)
+            self.shared = nn.Sequential(nn.Linear(H, H), nn.Tanh())
+            self.register_buffer("tokens_per_expert", torch.zeros(E))
+
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids).view(-1, H)
+            top, chosen = torch.topk(self.gate(x).sigmoid(), k, dim=1, sorted=False)
+            counts = torch.histc(chosen.view(-1).float(), bins=E, min=0, max=E)
+            with torch.no_grad():
+                self.tokens_per_expert.add_(counts)
+            order = torch.argsort(chosen.view(-1), stable=True)
+            places = (order // k).reshape(-1, 1).expand(-1, H)
+            rows = x.gather(0, places) * top.view(-1)[order].reshape(-1, 1)
+            offs = counts.cumsum(0, dtype=torch.int32)
+            y = grouped(F.silu(grouped(rows, self.up, offs)), self.down, offs)
+            return self.shared(x).scatter_add(0, places, y).tanh().square().mean() + 0 * labels.sum()
+
+    net = Mixture()
+    ours = check_exact(net, token_inputs())
+    assert chunked(ours.report, "mlp") == 1, str(ours.report)
+    assert net.tokens_per_expert.sum() == 2 * 46 * k  # pyright: ignore  once plain, once ours
+
+
 def test_matrices_taken_per_token_and_expert_are_told() -> None:
     """As gpt-fast has them: the widest values there are, in a spelling that is not followed."""
 

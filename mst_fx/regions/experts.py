@@ -43,12 +43,14 @@ from mst_fx.rowform.slots import SlotBuilder, SlotRow, SlotTracer
 _LAYOUT = {"view", "reshape", "flatten", "contiguous", "to", "float", "long", "int", "type_as", "expand", "unsqueeze",
            "repeat_interleave", "clone", "half", "bfloat16", "detach"}  # fmt: skip
 
+_FLATTENS = {"view", "reshape", "flatten"}
 _ROOM = {"zeros", "empty", "new_zeros", "new_empty"}
 
 
 def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
     """Return every mixture of experts of a graph whose experts are multiplied by sorting or by gathered weights."""
     register_grouped()
+    _join_views(module)
     walks = [Experts(module, fake_mode, entry) for entry in module.graph.nodes if _is_entry(entry)]
     found = [walk for walk in walks if walk.run()]
     seen = {n for walk in found for n in [*walk.members, *walk.failures]}
@@ -66,6 +68,23 @@ def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
             found.append(lost)
             places.add(module_path(node))
     return found
+
+
+def _join_views(module: fx.GraphModule) -> None:
+    """Let the first of several equal flat views of the same ids serve for all, so that one walk meets all readers."""
+    first: dict[fx.Node, fx.Node] = {}
+    changed: set[int] = set().union(*map(mutated_storages, module.graph.nodes))
+    with walking(module) as nodes:
+        for node in nodes:
+            value = fake_tensor(node)
+            ids = value is not None and value.ndim == 1 and value.dtype in (torch.int32, torch.int64)
+            if not ids or node_name(node) not in _FLATTENS or len(node.all_input_nodes) != 1 or storages(node) & changed:
+                continue
+            of = node.all_input_nodes[0]
+            before = first.setdefault(of, node)
+            if before is not node and same_size(numel(fake(of).shape), value.shape[0]):  # pyright: ignore
+                node.replace_all_uses_with(before)
+                module.graph.erase_node(node)
 
 
 def _lost(node: fx.Node) -> str:
