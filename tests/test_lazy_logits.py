@@ -12,17 +12,31 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.modeling_outputs import CausalLMOutput
 
 import mst_fx
 from mst_fx.lazy_logits import LazyLogits
 from tests.harness import DEVICE, EAGER, check_exact, chunked
-from tests.models import hf, hf_inputs
+from tests.models import hf, hf_inputs, token_inputs
 
 OPTIONS = {"mst.chunk_tokens": 8, **EAGER}
 
 
-def outputs(**options: Any) -> tuple[torch.nn.Module, Any, torch.Tensor]:
-    model, inputs = hf("llama", num_hidden_layers=1), hf_inputs("llama")
+class Bigram(torch.nn.Module):
+    """The smallest model with the outputs of Transformers' causal LMs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head = torch.nn.Embedding(61, 16), torch.nn.Linear(16, 61, bias=False)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
+        logits = self.lm_head(self.embed(ids))
+        return CausalLMOutput(loss=F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits=logits)
+
+
+def outputs(**options: Any) -> tuple[Any, Any, torch.Tensor]:
+    """A model, what it gives when it is compiled, and the logits that plain code gives."""
+    model, inputs = Bigram(), token_inputs()
     expected = model(**inputs).logits.detach()
     return model, torch.compile(model, backend="mst", options={**OPTIONS, **options})(**inputs), expected
 
@@ -176,7 +190,7 @@ def test_freed_when_dropped() -> None:
 
 
 def test_keep_gives_real_logits_with_gradients() -> None:
-    model, inputs = hf("llama"), hf_inputs("llama")
+    model, inputs = hf("llama", num_hidden_layers=1), hf_inputs("llama")
     grads = []
     for fn in (model, torch.compile(model, backend="mst", options={**OPTIONS, "mst.logits": "keep"})):
         model.zero_grad(set_to_none=True)
@@ -189,7 +203,7 @@ def test_keep_gives_real_logits_with_gradients() -> None:
 
 
 def test_keep_is_exact_and_chunked() -> None:
-    ours = check_exact(hf("gemma2"), hf_inputs("gemma2"), options={"mst.logits": "keep"})
+    ours = check_exact(hf("gemma2", num_hidden_layers=1), hf_inputs("gemma2"), options={"mst.logits": "keep"})
     assert chunked(ours.report, "loss") == 1
 
 
@@ -214,7 +228,7 @@ def test_drop_gives_none() -> None:
 
 
 def test_eval_with_labels_under_no_grad() -> None:
-    model, inputs = hf("llama").eval(), hf_inputs("llama")
+    model, inputs = hf("llama", num_hidden_layers=1).eval(), hf_inputs("llama")
     with torch.no_grad():
         expected = model(**inputs)
         out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
@@ -224,7 +238,7 @@ def test_eval_with_labels_under_no_grad() -> None:
 
 
 def test_softcapped_and_upcast_logits() -> None:
-    model, inputs = hf("gemma2"), hf_inputs("gemma2")
+    model, inputs = hf("gemma2", num_hidden_layers=1), hf_inputs("gemma2")
     expected = model(**inputs).logits
     out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
     assert isinstance(out.logits, LazyLogits)
@@ -232,7 +246,7 @@ def test_softcapped_and_upcast_logits() -> None:
 
 
 def test_autocast() -> None:
-    model, inputs = hf("llama"), hf_inputs("llama")
+    model, inputs = hf("llama", num_hidden_layers=1), hf_inputs("llama")
     with torch.autocast(DEVICE, torch.bfloat16):
         expected = model(**inputs).logits
         out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
@@ -349,7 +363,7 @@ def test_inside_another_compiled_function_and_behind_a_graph_break() -> None:
 
 def test_only_the_loss_is_held_and_the_hidden_states_go() -> None:
     """Without gradients the lazy logits alone hold the hidden states."""
-    model, inputs = hf("llama").eval(), hf_inputs("llama")
+    model, inputs = hf("llama", num_hidden_layers=1).eval(), hf_inputs("llama")
     with torch.no_grad():
         out = torch.compile(model, backend="mst", options=OPTIONS)(**inputs)
     hidden = [weakref.ref(t) for t in out.logits._deferred.head.inputs]
