@@ -72,13 +72,14 @@ def compile_chunked(
         extended.forget()
         with kernels.at_once():
             compiled, report, logits = _compile(gm, example_inputs, config, only)
-    if not logits:
+    if not report.chunked:
         return compiled, report
-
     count = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
 
+    # A function of this process, which `aot_compile` refuses to save: the chunk bodies it needs are in BODIES.
     def run(*args: Any) -> Any:
-        return build_outputs(compiled(*args), args, logits, count)
+        outputs = compiled(*args)
+        return build_outputs(outputs, args, logits, count) if logits else outputs
 
     return run, report
 

@@ -32,8 +32,7 @@ def _answer(command: str, run: Callable[[], int]) -> int:
     except (NothingChunkedError, PromiseError) as e:
         return _tell(f"mst-fx {command}: {str(e).partition(_ADVICE_OF_DYNAMO)[0]}", 1)
     except KeyboardInterrupt:
-        more = "; the same command goes on from the last whole checkpoint" if command == "finetune" else ""
-        return _tell(f"\nmst-fx {command}: interrupted{more}", 130)
+        return _tell(f"\nmst-fx {command}: interrupted", 130)
     except VerifyError as e:
         return _tell(f"mst-fx {command}: a pass broke the graph, which is a bug of mst_fx; please report it: {e}", 1)
 
@@ -111,7 +110,12 @@ def _model_arguments() -> argparse.ArgumentParser:
     shared.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, with --hf")
     shared.add_argument("--fake", action="store_true", help="trace with fake tensors: no memory for any size")
     shared.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="e.g. chunk_tokens=512, or Inductor's"
+        "--option",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="e.g. chunk_tokens=512, or Inductor's",
     )
     shared.add_argument("--out", metavar="FILE", help="write there rather than on the terminal")
     return shared

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import os
 import platform
 import threading
 from collections.abc import Iterator
@@ -86,10 +87,19 @@ def prepare() -> None:
 
     That is which vector instructions work, where Inductor asks for one set after another (here side by side), and
     what its header comes to, with which every kernel is compiled. Torch keeps the answers, in the process and on disk.
-    Its hash of its own sources is not asked for: it is made under a lock, which a forked process would find held.
+    Its hash of its own sources is not asked for: it is made under a lock, which a forked process would find held. For
+    the locks that are taken here, files' and imports', a fork waits until they are free.
     """
-    if not torch.cuda.is_available():
-        threading.Thread(target=_prepare, daemon=True).start()
+    if torch.cuda.is_available():
+        return
+    thread = threading.Thread(target=_prepare, daemon=True)
+    thread.start()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lambda: None if threading.current_thread() is thread else thread.join(_LONGEST_WAIT))
+
+
+_LONGEST_WAIT = 60.0
+"""Seconds that a fork waits; probing takes less than ten."""
 
 
 def _prepare() -> None:

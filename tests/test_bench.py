@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +12,16 @@ import pytest
 import torch
 
 import mst_fx
-from benchmarks import engines, figures, gpu, gpu_readme, measurements
-from benchmarks import plan as plan_sweep
+from benchmarks import figures, gpu, measurements
 from mst_fx.bench import questions, turns
-from mst_fx.bench.command import add_arguments, read_question
-from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell, save_rows
+from mst_fx.bench.questions import Question, ask, load_rows, plan, run_cell
 from mst_fx.bench.systems import SYSTEMS, UnavailableError
-from mst_fx.bench.tables import markdown, plot, summary, table
 from mst_fx.bench.works import WORKS, Work, head, mlp
 from mst_fx.cli import main
 from mst_fx.commands.models import UsageError
 from mst_fx.measure import MALLOC_ENV, matmul_slowdown
+from tests.test_bench_own import TINY_QWEN
+from tests.test_bench_tables import row
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
 TINY: dict[str, Any] = {
@@ -202,26 +200,6 @@ def test_a_figure_is_asked_for_by_its_name_or_its_beginning() -> None:
         figures._wanted(["lama"])
 
 
-def test_the_table_of_what_was_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_readme, "RESULTS", tmp_path)
-    assert gpu_readme.models() == []
-    card = "NVIDIA H100 80GB HBM3"
-    for work, base in gpu_readme.BASE.items():
-        rows = [
-            {"system": base, "device": card, "step_s": 0.1, "steps_s": [0.1, 0.1], "peak_bytes": 2**31},
-            {"system": "mst", "device": card, "step_s": 0.2, "steps_s": [0.2, 0.2], "peak_bytes": 2**30},
-            {"system": "liger", "reason": "not installed"},
-        ]
-        (tmp_path / f"gpu-{work}.json").write_text(json.dumps({"rows": rows}))
-    assert gpu_readme.works()[1:3] == [
-        ("head", "mst", "H100", "200", "2.00", "1.07", "0.50"), ("head", "liger", "H100", "not installed", "", "", "")
-    ]  # fmt: skip
-    (tmp_path / "gpu-longest.json").write_text(
-        json.dumps({"rows": [{"system": "mst", "seq_len": 8, "reason": "out of memory"}]})
-    )
-    assert gpu_readme.models() == [("model, S 8", "mst", "not known", "out of memory", "", "", "")]
-
-
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -316,82 +294,6 @@ def test_a_dtype_this_cpu_has_no_instructions_for(
     assert "head-bf16: not measured" in capsys.readouterr().err
 
 
-TINY_QWEN = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 96, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 128}  # fmt: skip
-
-
-def two_outputs() -> Any:
-    """A model of the user's: no scalar among its outputs, inputs as a tuple."""
-    module = torch.nn.Linear(8, 32)
-    return module, (torch.randn(3, 5, 8, requires_grad=True),)
-
-
-def nothing_trained() -> Any:
-    return torch.nn.Linear(8, 32).requires_grad_(False), (torch.randn(3, 8),)
-
-
-def test_a_model_of_the_users_own_is_a_work() -> None:
-    work = WORKS["own"](hf="qwen3", settings=TINY_QWEN, seq_len=24, **CPU)
-    assert work.tokens == 24
-    fn = SYSTEMS["mst"](work, {"chunk_tokens": 8, "compiler": "aot_eager"})
-    loss = work.step(fn)
-    mine = {n: g.clone() for n, g in work.gradients().items()}
-    work.clear()
-    torch.testing.assert_close(work.step(work.module), loss)
-    assert mine.keys() == work.gradients().keys()
-    assert all(torch.allclose(mine[n], g, atol=1e-6) for n, g in work.gradients().items())
-    assert mst_fx.reports()[-1].chunked
-    work = WORKS["own"](entry="tests.test_bench:two_outputs", dtype=None, device="cpu")
-    assert work.tokens == 15
-    work.step(work.module)
-    assert work.args[0].grad is not None
-    work.clear()
-    assert work.args[0].grad is None
-    work = WORKS["own"](entry="tests.test_bench:nothing_trained", dtype=None, device="cpu")
-    with pytest.raises(UsageError, match="nothing in the model's output needs a gradient"):
-        work.step(work.module)
-
-
-def own(question: str, *args: str) -> Question:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return read_question(parser.parse_args([question, "--device", "cpu", *args]))
-
-
-def test_cells_of_a_model_of_the_users_own() -> None:
-    tiny = [a for k, v in TINY_QWEN.items() for a in ("--set", f"{k}={v}")]
-    cells = plan(own("model", "--hf", "qwen3", "--seq-len", "64", *tiny, "--systems", "inductor,mst"))
-    assert [(c.system, c.shapes.get("checkpointing")) for c in cells] == [
-        ("inductor", None), ("mst", None), ("inductor", True), ("mst", True)
-    ]  # fmt: skip
-    assert cells[0].shapes["settings"] == TINY_QWEN
-    cells = plan(own("length", "--hf", "qwen3", "--lengths", "64,128", *tiny))
-    assert [c.shapes["seq_len"] for c in cells] == [64] * 4 + [128] * 4
-    cells = plan(own("compile", "--entry", "tests.test_bench:two_outputs"))
-    assert [(c.system, c.shapes) for c in cells[::2]] == [
-        (s, {"entry": "tests.test_bench:two_outputs"}) for s in ("inductor", "mst")
-    ]
-    with pytest.raises(UsageError, match=r"12 billion parameters .* too much for a CPU"):
-        plan(own("model", "--hf", "mistral", "--set", "hidden_size=6144"))
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ("head --hf qwen3", "--hf goes with model, length and compile"),
-        ("length --entry a:b", "--entry goes with model and compile"),
-        ("model --entry a:b --set x=1", "--set goes with --hf"),
-        ("model --seq-len 64", "--seq-len goes with --hf"),
-        ("model --hf qwen3 --batch 0", "--batch 0: at least 1"),
-        ("model --hf qwen33", "unknown model type 'qwen33'. Did you mean 'qwen3'"),
-        ("model --hf qwen3 --set hidden=8", "no config value 'hidden'"),
-    ],
-)
-def test_mistakes_about_a_model_of_the_users_own(given: str, told: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(told)):
-        plan(own(*given.split()))
-
-
 def test_a_cell_that_takes_too_long_is_a_row() -> None:
     question = Question("mlp", "cpu", "float32", shapes=TINY["mlp"])
     row = run_cell(question, plan(question)[0], "/nowhere", seconds=0.1)
@@ -407,68 +309,6 @@ def test_rows_are_saved_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept == [1, 2]
 
 
-def row(system: str, **values: Any) -> dict[str, Any]:
-    shapes = values.pop("shapes", {})
-    good = {"first_s": 2.0, "step_s": 1.0, "steps_s": [1.0], "peak_bytes": 2**20, "tokens_per_s": 10.0}
-    values = values if "reason" in values else {**good, **values}
-    named = {"work": "llama", "system": system, "shapes": shapes, "options": {}, "dtype": "float32"}
-    return {**named, "device": "a CPU", "versions": {"torch": "2"}, "caches": "cold", **values}
-
-
-def test_tables_and_plots_come_from_saved_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row("inductor"), row("mst", step_s=3.0), row("mst", step_s=0.5), row("liger", reason="needs a GPU")]
-    path = tmp_path / "rows.json"
-    save_rows(path, Question("head", "cpu", "float32"), rows)
-    question, found = load_rows(path)
-    assert (question, found) == (Question("head", "cpu", "float32"), rows)
-    header, lines = table(question, found)
-    assert lines[1][:3] == ("mst", "1.750", "1.75")
-    assert lines[2][:2] == ("liger", "needs a GPU")
-    assert markdown(header, lines).count("\n") == 4
-    assert main(["bench", "head", "--rows", str(path), "--plot", str(tmp_path / "plot.png")]) == 0
-    assert "needs a GPU" in capsys.readouterr().out
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert main(["bench", "mlp", "--rows", str(path)]) == 2
-
-
-@pytest.mark.parametrize("timed", [(), (1024,)])
-def test_the_picture_of_lengths_comes_from_saved_rows(
-    timed: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
-    for n in (1024, 4096):
-        rows = {s: [row(s, peak_bytes=n * 1000 * i)] for i, s in enumerate(measurements.SERIES, 1)}
-        measurements.save(f"length-{n}", rows)
-    for n in timed:
-        measurements.save(f"length-{n}-time", {"clock": "cpu", "cpu_s": {s: [1.0, 2.0] for s in measurements.SERIES}})
-    assert figures.draw_lengths(tmp_path / "length.png") == [1024, 4096]
-    assert (tmp_path / "length.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_chosen_chunk_sizes_are_shown_beside_the_fastest() -> None:
-    times = {"plain": [1.0, 2.0], "128": [0.8, 1.6], "256": [1.2, 2.4]}
-    measured = {"cpu_s": times, "peak_bytes": {"plain": 100, "128": 20, "256": 30}}
-    found = plan_sweep.lines({"chosen": {**measured, "chosen": 256}, "short": {**measured, "chosen": None}})
-    assert found == [
-        ("chosen", "256", "1.20", "0.30", "128", "0.80", "1.50"),
-        ("short", "left alone", "1.00", "1.00", "128", "0.80", "1.25"),
-    ]
-
-
-def test_lengths_and_compile_tables(tmp_path: Path) -> None:
-    rows = [row("mst", shapes={"seq_len": n}, peak_bytes=n * 1000) for n in (1024, 2048)]
-    _, lines = table(Question("length", "cpu", "float32"), rows)
-    assert lines[1] == ("mst", "2048", "2", "1000", "1.00")
-    plot(Question("length", "cpu", "float32"), rows, tmp_path / "length.png")
-    rows = [row(s, caches=c, first_s=t) for s, t in (("inductor", 4.0), ("mst", 2.0)) for c in ("cold", "warm")]
-    _, lines = table(Question("compile", "cpu", "float32"), rows)
-    assert lines[1] == ("mst", "2.0", "0.50", "2.0", "0.50")
-    for r in rows:
-        del r["peak_bytes"]
-    plot(Question("compile", "cpu", "float32"), rows, tmp_path / "compile.png")
-    assert "a CPU" in summary(Question("compile", "cpu", "float32"), rows)
-
-
 MEASURED = {
     "head": "--systems inductor,liger,mst --set tokens=40 --set hidden=16 --set vocab=96",
     "mlp": "--systems inductor,chunk_checkpoint,mst --set tokens=40 --set hidden=16 --set intermediate=48",
@@ -477,20 +317,6 @@ MEASURED = {
     "compile": "--systems inductor,mst --set seq_len=64",
     "model of one's own": "--hf qwen3 --seq-len 64 --systems mst",
 }
-
-
-def test_the_table_of_engines() -> None:
-    """Every engine is in it, in the README as it is saved, and gathers weights as often as without mst."""
-    saved = measurements.load("engines")
-    assert saved is not None
-    lines = [dict(zip(engines.HEADER, line, strict=True)) for line in engines.lines(saved)]
-    assert [line["engine"] for line in lines] == list(engines.ENGINES)
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    for line in lines:
-        assert f"| {' | '.join(line.values())} |" in readme
-        for column in ("all-gathers", "collectives"):
-            assert len(set(line[column].split(" -> "))) == 1, line
-
 
 MODEL = "--set layers=1 --set hidden=32 --set intermediate=64 --set vocab=128 --set heads=4"
 

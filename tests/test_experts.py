@@ -278,7 +278,9 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other_order_added": ({"after": lambda s, y, v: y + v["flat"].repeat_interleave(s.k, 0)}, "different orders"),
     "neighbours_summed": ({"join": lambda s, y, v: y.view(s.k, -1, H).sum(0)}, "views"),
-    "added_by_place": ({"back": lambda s, y, p, v: torch.zeros(46 * s.k, H).index_add(0, p, y)[:46]}, "known to belong"),
+    "added_by_place": (
+        {"back": lambda s, y, p, v: torch.zeros(46 * s.k, H).index_add(0, p, y)[:46]}, "known to belong"
+    ),
     "added_in_other_order": (
         {"back": lambda s, y, p, v: torch.zeros(46, H).index_add(0, p // s.k, y[p.argsort()])}, "order|positions"
     ),

@@ -12,7 +12,7 @@ from torch import nn
 
 import mst_fx
 from tests.harness import chunked, error, reasons
-from tests.parts import LABELS, SMALL, H, I, Parts, T, V, by_name, same
+from tests.parts import LABELS, SMALL, H, I, Parts, T, by_name, same
 
 
 def mlp(s: Any, x: torch.Tensor) -> torch.Tensor:
@@ -354,90 +354,3 @@ def test_outputs_of_a_promised_module(module: type[Twice]) -> None:
 
 
 # -- returned logits ---------------------------------------------------------------------------------
-
-
-def _one(*shape: int) -> torch.Tensor:
-    return torch.linspace(0.5, 1.5, max(shape)).reshape(shape)
-
-
-LOGITS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
-    "temperature": lambda s, x: s.head(x) * s.scale.float().view(1, 1, 1),
-    "bias": lambda s, x: s.head(x) + _one(1, 1, V),
-    "sequences": lambda s, x: s.head(x) * _one(4, 1, 1),
-    "positions": lambda s, x: s.head(x) / _one(1, 8, 1),
-    "features": lambda s, x: (s.head(x) * s.scale.float().view(1, 1, 1))[..., :20],
-    "convolution": lambda s, x: F.conv1d(x.mT, s.head.weight[..., None]).mT,
-}
-
-
-@pytest.mark.parametrize("read", [lambda z: z + 0, lambda z: z.softmax(-1)], ids=["whole", "softmax"])
-@pytest.mark.parametrize("name", LOGITS)
-def test_lazy_logits_of_values_that_were_viewed_and_expanded(name: str, read: Callable[..., Any]) -> None:
-    def fn(s: Any, x: torch.Tensor) -> Any:
-        logits = LOGITS[name](s, x.view(4, 8, H))
-        return F.cross_entropy(logits.flatten(0, 1), LABELS % 20), read(logits)
-
-    def lazy(s: Any, x: torch.Tensor) -> Any:
-        logits = LOGITS[name](s, x.view(4, 8, H))
-        return F.cross_entropy(logits.flatten(0, 1), LABELS % 20), logits
-
-    x = torch.randn(T, H)
-    torch.manual_seed(0)
-    (_, returned), model = compiled(fn, x)
-    truth = fn(model, x)[1].detach()
-    torch.manual_seed(0)
-    (_, kept), again = compiled(lazy, x)
-    assert error((returned + 0).detach(), truth.double()) < 1e-6
-    assert error(read(kept).detach(), fn(again, x)[1].detach().double()) < 1e-6
-    assert chunked(mst_fx.reports()[-1], "loss")
-
-
-VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "view": lambda z: z.view(4, 8, V),
-    "features": lambda z: z[:, :10],
-    "transposed": lambda z: z.t(),
-    "detached": lambda z: z.detach(),
-}
-
-
-@pytest.mark.parametrize("first", [1, 2])
-@pytest.mark.parametrize("name", VIEWS)
-def test_returned_views_of_logits_share_memory(name: str, first: int) -> None:
-    def fn(s: Any, x: torch.Tensor) -> Any:
-        logits = s.head(x)
-        return F.cross_entropy(logits, LABELS), logits, VIEWS[name](logits)
-
-    x = torch.randn(T, H)
-    with torch.no_grad():
-        outs, model = compiled(fn, x)
-        truth = fn(model, x)
-        for _, *values in (outs, truth):
-            values[first - 1].mul_(2)
-    for ours, plain in zip(outs[1:], truth[1:], strict=True):
-        assert error(ours + 0, plain.double()) < 1e-6
-    assert chunked(mst_fx.reports()[-1], "loss")
-
-
-def test_lazy_logits_of_hidden_states_that_changed_without_a_version() -> None:
-    def fn(s: Any, x: torch.Tensor) -> Any:
-        h = torch.tanh(x)
-        logits = s.head(h)
-        return F.cross_entropy(logits, LABELS), logits, h
-
-    with torch.inference_mode():
-        (_, logits, h), _ = compiled(fn, torch.randn(T, H))
-        h.mul_(3)
-        with pytest.raises(RuntimeError, match="hidden states"):
-            logits + 0
-
-
-def test_lazy_logits_of_weights_that_are_not_finite() -> None:
-    def fn(s: Any, x: torch.Tensor) -> Any:
-        logits = s.head(x)
-        return F.cross_entropy(logits, LABELS), logits
-
-    model = Parts(fn)
-    with torch.no_grad():
-        model.head.weight[3, 0] = float("nan")
-    _, logits = torch.compile(model, backend="mst", options=SMALL)(torch.randn(T, H))
-    assert (logits + 0).isnan()[:, 3].all()

@@ -125,13 +125,18 @@ def find_entry(name: str) -> Callable[[], Any]:
     module_name, _, function_name = name.partition(":")
     if not (module_name and function_name):
         raise UsageError(f"--entry {name!r} is not of the form package.module:function")
+    if module_name.endswith(".py") or os.sep in module_name:
+        meant = module_name.removesuffix(".py").removeprefix("." + os.sep).replace(os.sep, ".")
+        raise UsageError(f"--entry {name}: a module's name is needed, as for import: {meant}:{function_name}")
     with _importing_from_here():
         try:
             module = importlib.import_module(module_name)
         except Exception as e:
             raise UsageError(f"--entry {name}: {module_name} can't be imported:\n{short_traceback(e)}") from e
     function = getattr(module, function_name, None)
-    if not callable(function):
+    if function is not None and not callable(function):
+        raise UsageError(f"--entry {name}: {function_name} is no function, but a value {_describe(function)}")
+    if function is None:
         near = did_you_mean(function_name, dir(module))
         raise UsageError(f"--entry {name}: {module_name} has no function {function_name!r}.{near}")
     return function
@@ -148,7 +153,7 @@ def _from_entry(spec: ModelSpec) -> Subject:
     with _importing_from_here():
         try:
             result = function()
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise UsageError(f"--entry {name}: {name.partition(':')[2]}() raised:\n{short_traceback(e)}") from e
     if not (isinstance(result, tuple) and len(result) == 2):
         raise UsageError(f"--entry {name} must return (model, inputs), got a value {_describe(result)}")
@@ -159,6 +164,7 @@ def _from_entry(spec: ModelSpec) -> Subject:
         )
     if not isinstance(inputs, (dict, tuple)):
         raise UsageError(f"--entry {name}: the inputs must be a dict or a tuple, got one {_describe(inputs)}")
+    model = uncompiled(model)
     dtype = DTYPES[spec.dtype] if spec.dtype else None
     if isinstance(model, torch.nn.Module) and (dtype or spec.device):
         model = model.to(device=spec.device, dtype=dtype)
@@ -172,6 +178,20 @@ def _from_entry(spec: ModelSpec) -> Subject:
     if isinstance(inputs, dict):
         return Subject(model, (), {k: move(v) for k, v in inputs.items()})
     return Subject(model, tuple(map(move, inputs)), {})
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Undo ``torch.compile`` and ``module.compile``, of parts too: what is compared is compiled by who compares."""
+    model = getattr(model, "_torchdynamo_orig_callable", model)
+    if not isinstance(model, torch.nn.Module):
+        return model
+    model = getattr(model, "_orig_mod", model)
+    for module in model.modules():  # pyright: ignore[reportAttributeAccessIssue]
+        module._compiled_call_impl = None
+        for name, child in module.named_children():
+            if hasattr(child, "_orig_mod"):
+                setattr(module, name, child._orig_mod)
+    return model
 
 
 @contextlib.contextmanager

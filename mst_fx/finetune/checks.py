@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from mst_fx.commands.models import UsageError, first_line
 from mst_fx.finetune.arguments import ModelArguments
@@ -66,6 +68,27 @@ def load_tokenizer(args: ModelArguments, config: Any) -> Any:
     return tokenizer
 
 
+def check_checkpoint(checkpoint: str, args: ModelArguments, config: Any) -> None:
+    """Refuse to go on from a checkpoint of another kind of training, or of another model.
+
+    Raises:
+        UsageError: If it is one.
+    """
+    anew = "--overwrite_output_dir True starts anew, another --output_dir keeps both"
+    adapters = Path(checkpoint, "adapter_config.json").is_file()
+    if adapters != args.low_rank_training:
+        kind = "adapters (--low_rank_training True)" if adapters else "all weights"
+        raise UsageError(f"{checkpoint} is of a training of {kind}; {anew}")
+    try:
+        saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # adapters have none
+        return
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        ours = getattr(config, name, None)
+        if name in saved and ours is not None and saved[name] != ours:
+            raise UsageError(f"{checkpoint} is of another model ({name} {saved[name]}, not {ours}); {anew}")
+
+
 def is_saved(folder: str) -> bool:
     """Whether a folder holds the weights of a model, or of adapters."""
     found = (p for pattern in _WEIGHTS for p in Path(folder).glob(pattern) if p.name != "training_args.bin")
@@ -88,6 +111,8 @@ def check_training(training: TrainingArguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(training)
     except (ImportError, ValueError) as e:
         raise UsageError(f"--optim {getattr(training.optim, 'value', training.optim)}: {first_line(e)}") from e
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise UsageError("--use_liger_kernel: liger-kernel is not installed, and not needed here: mst does its work")
     try:
         for tracker in get_reporting_integration_callbacks(training.report_to):
             tracker()

@@ -61,6 +61,8 @@ def find_source(dataset: str | None, column: str, cache_dir: str | None = None) 
             raise UsageError(f"--dataset {dataset}: the file is empty")
         stamp = file_stamp(path)
         kind = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(path.suffix.lower(), "text")
+        if path.suffix.lower() in (".csv", ".tsv"):
+            raise UsageError(f"--dataset {dataset}: tables of text are not read; write it as JSONL or Parquet")
         if kind == "text":
             return Source(kind, str(path.resolve()), stamp=stamp)
         columns = _parquet_columns(path, dataset) if kind == "parquet" else _jsonl_columns(path, dataset)
@@ -69,6 +71,8 @@ def find_source(dataset: str | None, column: str, cache_dir: str | None = None) 
     if path.suffix or looks_like_path(dataset):
         if not path.is_dir():
             raise UsageError(f"--dataset {dataset}: there is no such file")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        raise UsageError(f"--dataset {dataset}: saved by `save_to_disk`, which is not read; write it by `to_parquet`")
     try:
         builder = datasets.load_dataset_builder(dataset, cache_dir=cache_dir)
     except Exception as e:
@@ -78,6 +82,9 @@ def find_source(dataset: str | None, column: str, cache_dir: str | None = None) 
             f"--dataset {dataset}: of a folder of text files every line would be a document; join them to one file, or "
             "write one document a line as JSON (.jsonl)"
         )
+    splits = getattr(builder.config, "data_files", None)
+    if path.is_dir() and splits is not None and "train" not in splits:
+        raise UsageError(f"--dataset {dataset}: has no split named train, but {', '.join(map(str, splits))}")
     if builder.info.features:
         _check_column(dataset, column, builder.info.features)
     return Source("folder" if path.is_dir() else "hub", dataset, column, cache_dir, stamp=str(builder.hash))
@@ -97,11 +104,18 @@ def _check_column(dataset: str, column: str, columns: Iterable[str]) -> None:
 
 
 def _jsonl_columns(path: Path, dataset: str) -> list[str]:
-    with path.open(encoding="utf-8") as file:
-        first = next((line for line in file if line.strip()), None)
+    first = next((line for line in _lines(path) if line.strip()), None)
     if first is None:
         raise UsageError(f"--dataset {dataset}: the file is empty")
     return list(_json_line(first, dataset, 1))
+
+
+def _lines(path: str | Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # Windows puts a mark in front
+            yield from file
+    except UnicodeDecodeError as e:
+        raise UsageError(f"--dataset {path}: not in UTF-8 ({e})") from e
 
 
 def _json_line(line: str, dataset: str, number: int) -> dict[str, Any]:
@@ -149,11 +163,7 @@ def _pieces(source: Source) -> Iterator[str]:
         lines: Iterable[str] = standard_library_text().decode(errors="replace").splitlines(keepends=True)
         yield from _joined(lines)
         return
-    try:
-        with open(source.path, encoding="utf-8") as file:
-            yield from _joined(file)
-    except UnicodeDecodeError as e:
-        raise UsageError(f"--dataset {source.path}: not a text file in UTF-8 ({e})") from e
+    yield from _joined(_lines(source.path))
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
@@ -171,13 +181,12 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
 
 def _values(source: Source) -> Iterator[Any]:
     if source.kind == "jsonl":
-        with open(source.path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = _json_line(line, source.path, number)
-                    if source.column not in row:
-                        raise UsageError(f"--dataset {source.path}: line {number} has no {source.column!r}")
-                    yield row[source.column]
+        for number, line in enumerate(_lines(source.path), 1):
+            if line.strip():
+                row = _json_line(line, source.path, number)
+                if source.column not in row:
+                    raise UsageError(f"--dataset {source.path}: line {number} has no {source.column!r}")
+                yield row[source.column]
     elif source.kind == "parquet":
         import pyarrow.parquet
 

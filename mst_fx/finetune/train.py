@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import mst_fx
 from mst_fx.commands.models import DTYPES, UsageError, first_line, parse_options
 from mst_fx.finetune.arguments import ModelArguments, parse
 from mst_fx.finetune.attention import choose_attention
-from mst_fx.finetune.checks import check_training, is_saved, load_config, load_tokenizer, make_folder
+from mst_fx.finetune.checks import check_checkpoint, check_training, is_saved, load_config, load_tokenizer, make_folder
 from mst_fx.finetune.data import collate, find_source, pack, tokenizer_stamp
 from mst_fx.measure import highest_memory
 from mst_fx.recipe import has_checkpointing, minisequence
@@ -45,6 +46,9 @@ def run_finetune(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(args, config)
     source = find_source(args.dataset, args.text_column, args.cache_dir)
     checkpoint = None if args.overwrite_output_dir else _checkpoint(training)
+    check_training(training)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, args, config)
     finished = checkpoint is not None and _is_finished(training, checkpoint)
     if finished and is_saved(training.output_dir or "."):
         say(f"{checkpoint} is the end of this training: nothing to do (--overwrite_output_dir True starts anew)")
@@ -52,7 +56,6 @@ def run_finetune(argv: Sequence[str]) -> int:
     make_folder("output_dir", training.output_dir or ".")
     if args.cache_dir:
         make_folder("cache_dir", args.cache_dir)
-    check_training(training)
     say(f"dataset: {source}")
     with training.main_process_first(desc="packing"):
         stamp = f"{mst_fx.__version__} {tokenizer_stamp(tokenizer.name_or_path)}"
@@ -81,7 +84,14 @@ def run_finetune(argv: Sequence[str]) -> int:
     else:
         if checkpoint:
             say(f"going on from {checkpoint} (--overwrite_output_dir True starts anew)")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        elif args.overwrite_output_dir and trainer.is_world_process_zero():
+            for _, old in _checkpoints(training):  # or the next run would go on from one of them
+                shutil.rmtree(old)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            _say_how_to_go_on(args, training)
+            raise
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -151,6 +161,10 @@ def _load_model(args: ModelArguments, config: Any, dtype: torch.dtype, attention
         model = get_peft_model(model, lora)
     except ValueError as e:
         raise UsageError(f"--lora_target_modules {' '.join(targets)}: {first_line(e)}") from e
+    adapted = model.targeted_module_names
+    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in adapted)]
+    if len(targets) > 1 and missing:
+        raise UsageError(f"--lora_target_modules {' '.join(targets)}: the model has no {missing[0]!r}")
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA: {trained:,} of {total:,} parameters are trained")
     return model
@@ -174,13 +188,25 @@ def _checkpoint(training: TrainingArguments) -> str | None:
         if not Path(training.resume_from_checkpoint, "trainer_state.json").is_file():
             raise UsageError(f"--resume_from_checkpoint {training.resume_from_checkpoint}: there is no checkpoint")
         return training.resume_from_checkpoint
+    found = _checkpoints(training)
+    return str(max(found)[1]) if found else None
+
+
+def _checkpoints(training: TrainingArguments) -> list[tuple[int, Path]]:
+    """Return the whole checkpoints of the output folder, each with its step."""
     found: list[tuple[int, Path]] = []
     for path in Path(training.output_dir or ".").glob("checkpoint-*"):
         try:  # Trainer writes this file last.
             found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
         except (OSError, ValueError, KeyError):
             continue
-    return str(max(found)[1]) if found else None
+    return found
+
+
+def _say_how_to_go_on(args: ModelArguments, training: TrainingArguments) -> None:
+    found = _checkpoints(training)
+    same = "the same command without --overwrite_output_dir" if args.overwrite_output_dir else "the same command"
+    say(f"{same} goes on from {max(found)[1]}" if found else "no checkpoint was saved: nothing to go on from")
 
 
 def _is_finished(training: TrainingArguments, checkpoint: str) -> bool:
