@@ -89,13 +89,9 @@ def mutated_storages(node: fx.Node) -> set[int]:
     if _is_foreign(node):
         return _watched(node)
     operates = getattr(node.target, "__module__", "") == "_operator" or _writes_first(node)
-    written = (
-        [node.args[0]]
-        if operates and isinstance(node.args[0], fx.Node)
-        else _quiet(node)
-        if node.target in _QUIET
-        else node.all_input_nodes
-    )
+    if operates and isinstance(node.args[0], fx.Node):
+        return storages(node.args[0])
+    written = _quiet(node) if node.target in _QUIET else node.all_input_nodes
     return set().union(*(storages(n) for n in written))  # pyright: ignore[reportArgumentType]
 
 

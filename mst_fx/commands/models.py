@@ -182,16 +182,15 @@ def _from_entry(spec: ModelSpec) -> Subject:
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """Undo ``torch.compile`` and ``module.compile``, of parts too: what is compared is compiled by who compares."""
-    model = getattr(model, "_torchdynamo_orig_callable", model)
     if not isinstance(model, torch.nn.Module):
-        return model
-    model = getattr(model, "_orig_mod", model)
-    for module in model.modules():  # pyright: ignore[reportAttributeAccessIssue]
+        return getattr(model, "_torchdynamo_orig_callable", model)
+    own: torch.nn.Module = getattr(model, "_orig_mod", model)
+    for module in own.modules():
         module._compiled_call_impl = None
         for name, child in module.named_children():
             if hasattr(child, "_orig_mod"):
                 setattr(module, name, child._orig_mod)
-    return model
+    return own
 
 
 @contextlib.contextmanager

@@ -77,13 +77,9 @@ def _join_views(module: fx.GraphModule) -> None:
     with walking(module) as nodes:
         for node in nodes:
             value = fake_tensor(node)
-            ids = value is not None and value.ndim == 1 and value.dtype in (torch.int32, torch.int64)
-            if (
-                not ids
-                or node_name(node) not in _FLATTENS
-                or len(node.all_input_nodes) != 1
-                or storages(node) & changed
-            ):
+            if value is None or value.ndim != 1 or value.dtype not in (torch.int32, torch.int64):
+                continue
+            if node_name(node) not in _FLATTENS or len(node.all_input_nodes) != 1 or storages(node) & changed:
                 continue
             of = node.all_input_nodes[0]
             before = first.setdefault(of, node)

@@ -218,6 +218,7 @@ def _added_up(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> l
     at = at.of if isinstance(at, Spread) and func.overloadpacket is aten.scatter_add else at
     if not isinstance(at, Special) or not isinstance(slots, SlotRow) or slots.order is not at.order:
         return None
+    assert isinstance(rows, torch.Tensor)
     kinds = (True,) + (False,) * (whole.ndim - 1)
     if slots.kinds != kinds or list(rows.shape[1:]) != list(whole.shape[1:]):
         return None
@@ -315,7 +316,7 @@ def _counted(b: SlotBuilder, x: Any) -> fx.Node | None:
 
 def _made_by(form: Row | Shared) -> Any:
     """Return the op that made a value."""
-    node = form.node
+    node: Any = form.node
     while node.target is aten.detach.default:
         node = node.args[0]
     return node.target

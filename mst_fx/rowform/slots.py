@@ -16,7 +16,7 @@ No part of it keeps tokens apart: where a row stands depends on all tokens. The 
 So each value gets one of these forms, and the same ops on a chunk's own slots give its own tokens' results:
 
     SlotRow: one row per slot, in the order of the tokens or in a sorted ``Order``. Its row form is ``[C * k, ...]``.
-        Added up into their tokens (``index_add`` at ``perm // k``) they are rows of tokens, in whatever order they were.
+        Added up into their tokens, by ``index_add`` at ``perm // k``, they are rows of tokens.
     Special: a permutation, its inverse, ``perm // k``, counts per expert, offsets; each knows of which ids or order.
 
 A ``Special`` may only go where it is known what it does there. All else has no row form.
