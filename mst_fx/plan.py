@@ -20,7 +20,7 @@ Two forces pull at the chunk size ``C``:
 ``auto`` lets a chunk cost about as much as what exists anyway (on a GPU two thirds of it), for less would save little:
 
     target = size nearest to (accumulators + T * narrow) / wide
-    C      = greatest size <= target, T / 2, most_tokens,
+    C      = greatest size <= target, T / 2 (or least_tokens, if T is a little less than twice that), most_tokens,
              and such that accumulators + C * wide <= 3/4 T * wide and <= T * wide - MIN_SAVED_BYTES
 
 and leaves the region alone where that is below ``least_tokens``. Sizes are powers of two; on a GPU also two thirds of
@@ -43,8 +43,12 @@ MIN_CHUNK_TOKENS = {
 }
 MAX_CHUNK_TOKENS = {"cpu": {"mlp": 16384, "loss": 16384}, "gpu": {"mlp": 16384, "loss": 4096}}
 """On a GPU a head's sums are cast in the end, which takes half as many bytes again: larger chunks would be the peak."""
+ROW_WEIGHTS_TOKENS = {"cpu": 64, "gpu": 256}
+"""Of a region in which every token has matrices of its own: reading these is all its time, in chunks of any size."""
 MIN_SAVED_BYTES = 8 * 2**20
 MOST_KEPT = 0.75
+MOST_SHIFTED = 16
+"""Two smallest chunks may be short of this share of one: labels are shifted by a token or a few (2047 of 2048)."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def plan_chunks(
     device: str = "cpu",
     itemsize: int = 4,
     wider_sums: bool = False,
+    row_weights: bool = False,
 ) -> ChunkPlan | str:
     """Plan a region of ``tokens`` rows, or say in one sentence why it is better left alone.
 
@@ -85,14 +90,15 @@ def plan_chunks(
         device: "cpu", or anything else for a GPU.
         itemsize: Bytes of a number of the region's input.
         wider_sums: Whether gradients are summed in a wider dtype than the weights'.
+        row_weights: Whether every token has matrices of its own (experts' weights taken by a list).
     """
     before = tokens * wide_bytes
     if not isinstance(chunk_tokens, str):
         if tokens <= chunk_tokens:
             return f"too small: {tokens} tokens fit in one chunk of {chunk_tokens}"
         return _plan(tokens, chunk_tokens, wide_bytes, accumulator_bytes)
-    least = least_tokens(kind, device, itemsize, wider_sums)
-    if tokens < 2 * least:
+    least = least_tokens(kind, device, itemsize, wider_sums, row_weights)
+    if tokens < 2 * least - least // MOST_SHIFTED:
         return f"too small: {tokens} tokens are less than two chunks of {least}"
     room = min(MOST_KEPT * before, before - MIN_SAVED_BYTES) - accumulator_bytes
     if room < least * wide_bytes:
@@ -104,7 +110,7 @@ def plan_chunks(
         )
     anyway = (accumulator_bytes + tokens * narrow_bytes) / max(wide_bytes, 1)
     target = anyway if device == "cpu" else anyway * 2 / 3
-    most = min(tokens // 2, most_tokens(kind, device), int(room // max(wide_bytes, 1)))
+    most = min(max(tokens // 2, least), most_tokens(kind, device), int(room // max(wide_bytes, 1)))
     size = min(_sizes(device, least, most), key=lambda n: abs(math.log2(n / max(target, 1))))
     return _plan(tokens, size, wide_bytes, accumulator_bytes)
 
@@ -121,8 +127,10 @@ def most_tokens(kind: str, device: str) -> int:
     return MAX_CHUNK_TOKENS["cpu" if device == "cpu" else "gpu"][kind]
 
 
-def least_tokens(kind: str, device: str, itemsize: int, wider_sums: bool = False) -> int:
-    """Return the tokens of the smallest chunk that ``auto`` makes."""
+def least_tokens(kind: str, device: str, itemsize: int, wider_sums: bool = False, row_weights: bool = False) -> int:
+    """Return the tokens of the smallest chunk that ``auto`` makes, but for the last one."""
+    if row_weights:
+        return ROW_WEIGHTS_TOKENS["cpu" if device == "cpu" else "gpu"]
     if device != "cpu":
         return MIN_CHUNK_TOKENS["gpu, wider sums" if wider_sums else "gpu"][kind]
     return MIN_CHUNK_TOKENS["cpu" if itemsize > 2 else "cpu, two bytes"][kind]

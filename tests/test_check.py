@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import mst_fx
 import mst_fx.ops as ops
-from mst_fx.commands.check import Check, IncomparableError, Row, _compare, check
+from mst_fx.commands.check import SLACK, Check, IncomparableError, Row, _compare, check
+from mst_fx.commands.models import uncompiled
 from mst_fx.diff.graph_diff import in_graph_order
 from mst_fx.recipe import enable_checkpointing
 from mst_fx.regions import coefficients
@@ -44,6 +46,42 @@ def test_inputs_that_require_a_gradient_are_compared_without_a_loss() -> None:
     assert not found.failures
     assert "grad input[0]" in {r.name for r in found.rows}
     assert x.grad is None
+
+
+def test_precision_is_that_of_what_is_computed() -> None:
+    """Transformers casts to fp32 in the middle of a model in fp64; a bias in front of a norm has no gradient at all."""
+    found = run(hf("llama", num_hidden_layers=1).double(), hf_inputs("llama"))
+    assert not found.failures, str(found)
+    assert found.slack == SLACK[torch.float32]
+    normed = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.BatchNorm1d(16))
+    found = check(normed, (torch.randn(300, 16),), options=OPTIONS)
+    assert not found.failures, str(found)
+    assert any(r.truth == 0 or abs(r.truth) < 1e-9 for r in found.rows if r.name == "grad 2.bias")
+
+
+class Mixing(nn.Module):
+    """Not token-wise, though it is promised to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(H, 4 * H), nn.Linear(4 * H, H)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        return self.down(torch.relu(y - y.mean((0, 1), keepdim=True)))
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "a part"])
+def test_models_that_are_compiled_already_are_compared_uncompiled(how: str) -> None:
+    model = nn.Sequential(mst_fx.tokenwise(Mixing()), nn.Linear(H, 1))
+    if how == "in place":
+        model.compile(backend="mst", options=OPTIONS)
+    elif how == "a part":
+        model[0] = torch.compile(model[0], backend="mst", options=OPTIONS)  # pyright: ignore
+    given = torch.compile(model, backend="mst", options=OPTIONS) if how == "wrapped" else model
+    found = check(uncompiled(given), (torch.randn(2, 23, H),), options=OPTIONS)
+    assert found.failures
+    assert not any("_orig_mod" in r.name for r in found.rows)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
@@ -169,4 +207,4 @@ def test_a_model_that_cannot_run_in_fp64_is_refused() -> None:
 def test_progress_is_told() -> None:
     told: list[str] = []
     run(LanguageModel(SwiGLU()), token_inputs(), progress=told.append)
-    assert told == ["running it in fp64", "running it plain", "running it rewritten"]
+    assert told == ["running it plain", "running it in fp64", "running it rewritten"]

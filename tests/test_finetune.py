@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -359,6 +360,14 @@ def mistakes(models, tmp_path):
     short.write_text("x = 1\n")
     (tmp_path / "rows.jsonl").write_text('{"content": "x = 1"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\nno json\n')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
+    (tmp_path / "table.csv").write_text("text,label\nx,1\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test.jsonl").write_text('{"text": "x"}\n')
+    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "old" / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "old" / "out" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "old" / "out" / "checkpoint-1" / "config.json").write_text('{"hidden_size": 7}')
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00" * 400)
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -373,7 +382,19 @@ def mistakes(models, tmp_path):
         "fewer than one sequence": ["--dataset", str(short)],
         "Did you mean 'content'": ["--dataset", str(tmp_path / "rows.jsonl"), "--text_column", "contents"],
         "line 2 is not JSON": ["--dataset", str(tmp_path / "bad.jsonl")],
-        "not a text file in UTF-8": ["--dataset", str(tmp_path / "bytes.txt")],
+        "latin.jsonl: not in UTF-8": ["--dataset", str(tmp_path / "latin.jsonl")],
+        "tables of text are not read": ["--dataset", str(tmp_path / "table.csv")],
+        "has no split named train, but test": ["--dataset", str(tmp_path / "tests")],
+        "saved by `save_to_disk`": ["--dataset", str(tmp_path / "saved")],
+        "is of another model (hidden_size 7": ["--output_dir", str(tmp_path / "old" / "out")],
+        "is of a training of all weights": [
+            "--output_dir",
+            str(tmp_path / "old" / "out"),
+            "--low_rank_training",
+            "True",
+        ],
+        "liger-kernel is not installed": ["--use_liger_kernel", "True"],
+        "bytes.txt: not in UTF-8": ["--dataset", str(tmp_path / "bytes.txt")],
         "beyond the model's 128 positions": ["--model_max_length", "4096"],
         "the folder has no weights": ["--model_name_or_path", str(bare)],
         "there is no such folder": ["--model_name_or_path", str(tmp_path / "absent")],

@@ -28,6 +28,38 @@ def run_script(script: str, **env: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
+def test_what_lives_in_this_process_is_not_saved() -> None:
+    fn = torch.compile(LanguageModel(SwiGLU()), backend="mst", options={"mst.chunk_tokens": 8}, fullgraph=True)
+    with pytest.raises(RuntimeError, match="SerializableCallable"):
+        fn.forward.aot_compile(((), token_inputs()))  # pyright: ignore
+
+
+FORK = """
+import os, threading, time
+from mst_fx import kernels
+begun = threading.Event()
+def probing():
+    begun.set()
+    time.sleep(1)
+    ended.append(True)
+ended = []
+kernels._prepare = probing
+kernels.prepare()
+begun.wait()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if ended else 1)
+print(os.waitpid(pid, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+def test_a_fork_waits_for_what_holds_locks() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_llama(checkpointing: bool) -> None:
     model = hf("llama")

@@ -32,6 +32,18 @@ def test_auto_leaves_small_and_unprofitable_regions_alone() -> None:
     assert "not worthwhile" in str(plan_chunks("mlp", 2048, 2**12, 2**8, 2**22, "auto"))
 
 
+def test_a_shifted_sequence_is_chunked_as_a_whole_one() -> None:
+    plans = [plan_chunks("mlp", tokens, **MLP, chunk_tokens="auto") for tokens in (2047, 2048)]
+    assert [p.chunk_tokens for p in plans if isinstance(p, ChunkPlan)] == [1024, 1024]
+    assert "less than two chunks" in str(plan_chunks("mlp", 1900, **MLP, chunk_tokens="auto"))
+
+
+def test_matrices_for_every_token_are_cut_small() -> None:
+    plan = plan_chunks("mlp", 1024, 2**20, 2**12, 2**22, "auto", row_weights=True)
+    assert isinstance(plan, ChunkPlan)
+    assert plan.chunk_tokens == 64
+
+
 REGION = {
     "kind": st.sampled_from(["mlp", "loss"]),
     "wide_bytes": st.integers(1, 2**22),

@@ -32,7 +32,7 @@ def explain_text(report: Report) -> str:
     if not report.num_graphs:
         lines.append("  Dynamo traced no graph, so there is nothing to compile, with any backend")
     elif all(g[0].is_attention for g in groups):
-        lines.append("  no wide token-wise region found; compiled as plain Inductor would")
+        lines.append("  no wide token-wise region found; compiled as without mst")
     if groups:
         lines += _table(groups)
     lines += [f"  note: {short_source(n)}" for n in report.notes]

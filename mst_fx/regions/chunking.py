@@ -61,6 +61,7 @@ def plan_region(lifted: Lifted, context: Context) -> ChunkPlan | Mismatch:
         chunk_tokens=context.config.chunk_tokens,
         device=device,
         itemsize=min((s.dtype.itemsize for s in lifted.body.chunked if s.dtype.is_floating_point), default=4),
+        row_weights=region.row_weights,
         wider_sums=any(sum_itemsize(s.dtype, accumulate, s.shape, s.device) > s.dtype.itemsize for s in trained),
     )
     return plan if isinstance(plan, ChunkPlan) else Mismatch(plan, region.source)
@@ -90,10 +91,7 @@ def planned_bytes(region: Region, lifted: Lifted | None, device: str, trains: bo
 def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
     """Return the bytes per token of the region's wide values, views counted once."""
     seen: dict[int, int] = {}
-    first = fake_tensor(region.amplifiers[0])
-    tokens = size_hint(lifted.tokens) if lifted is not None else 0
-    if not tokens and first is not None:
-        tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
+    tokens = _rows(region, lifted)
     given = {(storage_of(v), str(v.shape)) for t in region.terminals for v in tensors_in(fake(t))}
     for node in region.nodes:
         for value in tensors_in(fake(node)) if node not in region.fold.nodes else ():
@@ -101,6 +99,15 @@ def wide_bytes(region: Region, lifted: Lifted | None = None) -> int:
             if (storage, str(value.shape)) not in given:
                 seen[storage] = max(1, numel // max(1, tokens)) * value.dtype.itemsize
     return sum(seen.values()) + region.row_bytes
+
+
+def _rows(region: Region, lifted: Lifted | None) -> int:
+    """Return how many tokens a region has, as far as is known; 0 if it is not."""
+    first = fake_tensor(region.amplifiers[0])
+    tokens = size_hint(lifted.tokens) if lifted is not None else 0
+    if not tokens and first is not None:
+        tokens = size_hint(first.numel()) // max(1, size_hint(first.shape[-1]))
+    return tokens
 
 
 def _row_bytes(shape: Any, dtype: torch.dtype) -> int:
@@ -257,9 +264,8 @@ def skipped(region: Region, reason: str, lifted: Lifted | None = None) -> Region
     elif value is not None:
         count = math.prod(value.shape[:-1]) if region.rows is None else region.rows
         tokens = count if isinstance(count, int) else str(count)
-    hint = size_hint(value.numel()) // max(1, size_hint(value.shape[-1])) if value is not None else 0
     trains = any(v.requires_grad for n in region.nodes for v in tensors_in(fake(n)))
-    wide = hint * planned_bytes(region, lifted, "cpu" if value is None else value.device.type, trains)
+    wide = _rows(region, lifted) * planned_bytes(region, lifted, "cpu" if value is None else value.device.type, trains)
     if not wide and value is not None:  # its first product could not be followed, so no row of it is known
         wide = size_hint(value.numel()) * value.dtype.itemsize * (2 if trains else 1)
     return RegionReport(region.kind, region.source, tokens, None, None, wide, wide, "skipped", reason, **_where(region))

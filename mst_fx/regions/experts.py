@@ -266,6 +266,7 @@ class Experts:
         if self.builder.products > products:
             self.region.amplifiers.append(node)
             self.wide.add(node)
+            self.region.row_weights |= node_name(node) == "bmm"
         if any(n in self.wide for n in node.all_input_nodes):
             self.wide.add(node)
             value = fake_tensor(node)

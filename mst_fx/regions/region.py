@@ -68,6 +68,8 @@ class Region:
     """How many rows there are, where the shape of the first amplifier does not tell."""
     partial_sums: bool = False
     """Whether a chunk forms whole gradients of weights, which are then added: one more copy of them."""
+    row_weights: bool = False
+    """Whether every token has matrices of its own, taken from a table."""
 
     @property
     def legal(self) -> bool:
