@@ -3,88 +3,24 @@
 import json
 import os
 import pathlib
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import datasets
 import pytest
 import torch
 import transformers
 
 import mst_fx
-from benchmarks.local_model import FAMILIES, make_model_folder
+from benchmarks.local_model import FAMILIES
 from mst_fx.cli import main
 from mst_fx.commands.models import UsageError
 from mst_fx.finetune import data
 from mst_fx.finetune.attention import choose_attention
 from mst_fx.finetune.data import find_source, pack, tokenized
+from tests.finetuning import command, history
 from tests.harness import chunked, error
-
-# As the reference prints it; the paths stand for the user's own.
-REFERENCE = """
-    --model_name_or_path meta-llama/Meta-Llama-3.1-8B
-    --bf16 True
-    --output_dir path_to_saving_checkpoints
-    --cache_dir path_to_cache
-    --model_max_length 32768
-    --use_flash_attn True
-    --low_rank_training False
-    --num_train_epochs 1
-    --per_device_train_batch_size 1
-    --per_device_eval_batch_size 1
-    --gradient_accumulation_steps 8
-    --evaluation_strategy "no"
-    --save_strategy "steps"
-    --save_steps 1000
-    --save_total_limit 2
-    --learning_rate 2e-5
-    --weight_decay 0.0
-    --warmup_steps 20
-    --lr_scheduler_type "constant_with_warmup"
-    --logging_steps 1
-    --low_rank_training False
-    --max_steps 1000
-"""
-FAST = ["--option", "compiler=aot_eager", "chunk_tokens=32"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-
-    def make(family):
-        if not (folder / family).exists():
-            make_model_folder(folder / family, family, vocab=384, positions=128)
-        return folder / family
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Real text: a module of the standard library."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(pathlib.Path(json.__file__).read_text() * 2)
-    return path
-
-
-def command(model, folder, dataset, *more, steps=2):
-    """Return the reference's command line with local paths, at a length that the small model has."""
-    local = {
-        "meta-llama/Meta-Llama-3.1-8B": str(model), "path_to_saving_checkpoints": str(folder / "out"),
-        "path_to_cache": str(folder / "cache"), "32768": "128", "1000": str(steps),
-    }  # fmt: skip
-    argv = [local.get(word, word) for word in shlex.split(REFERENCE)]
-    argv += ["--dataset", str(dataset)] if dataset else []
-    return ["finetune", *argv, *FAST, "--disable_tqdm", "True", *more]
-
-
-def history(folder):
-    return json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
 
 
 def test_the_reference_command_as_printed(models, tmp_path, text, capfd):
@@ -348,108 +284,3 @@ def test_flash_attn_is_taken_where_it_can_run(models, monkeypatch):
     assert chosen("llama", gpu, asked=False) is None
     with pytest.raises(UsageError, match="needs --bf16"):
         choose_attention(configs["llama"], True, "flash_attention_2", gpu, 128, False)
-
-
-# -- mistakes ----------------------------------------------------------------------------------------
-
-
-def mistakes(models, tmp_path):
-    model, empty, blank, short = models("llama"), tmp_path / "empty.txt", tmp_path / "blank.jsonl", tmp_path / "s.txt"
-    empty.touch()
-    blank.write_text("\n\n")
-    short.write_text("x = 1\n")
-    (tmp_path / "rows.jsonl").write_text('{"content": "x = 1"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\nno json\n')
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
-    (tmp_path / "table.csv").write_text("text,label\nx,1\n")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test.jsonl").write_text('{"text": "x"}\n')
-    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "saved")
-    (tmp_path / "old" / "out" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "old" / "out" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
-    (tmp_path / "old" / "out" / "checkpoint-1" / "config.json").write_text('{"hidden_size": 7}')
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00" * 400)
-    bare = tmp_path / "bare"
-    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "one.txt").write_text("x = 1\ny = 2\n")
-    shutil.copytree(model, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
-    return {
-        "there is no such file": ["--dataset", str(tmp_path / "absent.txt")],
-        "no such file": ["--dataset", "some/where/absent.jsonl"],
-        "the file is empty": ["--dataset", str(empty)],
-        "file is empty": ["--dataset", str(blank)],
-        "fewer than one sequence": ["--dataset", str(short)],
-        "Did you mean 'content'": ["--dataset", str(tmp_path / "rows.jsonl"), "--text_column", "contents"],
-        "line 2 is not JSON": ["--dataset", str(tmp_path / "bad.jsonl")],
-        "latin.jsonl: not in UTF-8": ["--dataset", str(tmp_path / "latin.jsonl")],
-        "tables of text are not read": ["--dataset", str(tmp_path / "table.csv")],
-        "has no split named train, but test": ["--dataset", str(tmp_path / "tests")],
-        "saved by `save_to_disk`": ["--dataset", str(tmp_path / "saved")],
-        "is of another model (hidden_size 7": ["--output_dir", str(tmp_path / "old" / "out")],
-        "is of a training of all weights": [
-            "--output_dir",
-            str(tmp_path / "old" / "out"),
-            "--low_rank_training",
-            "True",
-        ],
-        "liger-kernel is not installed": ["--use_liger_kernel", "True"],
-        "bytes.txt: not in UTF-8": ["--dataset", str(tmp_path / "bytes.txt")],
-        "beyond the model's 128 positions": ["--model_max_length", "4096"],
-        "the folder has no weights": ["--model_name_or_path", str(bare)],
-        "there is no such folder": ["--model_name_or_path", str(tmp_path / "absent")],
-        "no config.json": ["--model_name_or_path", str(tmp_path)],
-        "no usable tokenizer": ["--model_name_or_path", str(tmp_path / "mute")],
-        "flash_attention_2: flash-attn": ["--attn_implementation", "flash_attention_2"],
-        "Did you mean 'learning_rate'": ["--lerning_rate", "1"],
-        "--backend 'foo' is not one of": ["--backend", "foo"],
-        "mst.chunk_tokens=0 is not valid": ["--option", "chunk_tokens=0"],
-        "does not go with --backend eager": ["--backend", "eager"],
-        "is not one of auto": ["--dtype", "float99"],
-        "there is no checkpoint": ["--resume_from_checkpoint", str(tmp_path / "absent")],
-        "--fsdp needs several processes": ["--fsdp", "full_shard"],
-        "expected one argument": ["--learning_rate"],
-        "need --low_rank_training True": ["--lora_alpha", "32"],
-        "the rank of adapters is at least 1": ["--low_rank_training", "True", "--lora_r", "0"],
-        "between 0 and 1": ["--validation_share", "2"],
-        "every line would be a document": ["--dataset", str(tmp_path / "texts")],
-        "--learning_rate -1.0: at least 0": ["--learning_rate", "-1"],
-        "--per_device_train_batch_size 0: at least 1": ["--per_device_train_batch_size", "0"],
-        "that is no training": ["--max_steps", "-1", "--num_train_epochs", "0"],
-        "--optim adamw_bnb_8bit: ImportError": ["--optim", "adamw_bnb_8bit"],
-        "--report_to wandb: RuntimeError": ["--report_to", "wandb"],
-        "--cache_dir": ["--cache_dir", str(short / "cache")],
-        "can't be written to": ["--output_dir", str(short / "out")],
-    }
-
-
-def test_mistakes_get_one_line_before_anything_is_loaded(models, tmp_path, text, capfd, monkeypatch):
-    def loaded(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    cases = mistakes(models, tmp_path)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
-    if torch.cuda.is_available():
-        del cases["flash_attention_2: flash-attn"]
-    for message, flags in cases.items():
-        argv = command(models("llama"), tmp_path, text)
-        assert main([*argv, *flags]) == 2, message
-        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mst-fx finetune: ")]
-        assert message in said[-1], (message, said)
-        assert "Traceback" not in "".join(said)
-
-
-def test_old_names_of_flags():
-    from mst_fx.finetune.arguments import parse
-
-    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--evaluation_strategy=no", "--per_gpu_train_batch_size"]
-    model, training = parse([*argv, "3", "--warmup_ratio", "0.1", "--no_cuda", "True"])
-    assert (training.per_device_train_batch_size, training.warmup_steps, training.use_cpu) == (3, 0.1, True)
-    assert training.gradient_checkpointing
-    assert model.model_max_length == 32768
-    _, training = parse([*argv, "3", "--gradient_checkpointing", "False"])
-    assert not training.gradient_checkpointing
-    with pytest.raises(UsageError, match="--output_dir is needed"):
-        parse(["--model_name_or_path", "m"])
-    with pytest.raises(UsageError, match="--model_name_or_path"):
-        parse(["--output_dir", "o"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -14,113 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mst_fx import layers
-from tests.harness import DEVICE, EAGER, check_exact, error, slow_but
+from tests.harness import EAGER, check_exact, error, slow_but
 from tests.models import hf, hf_inputs
+from tests.sharing import LAYERS, OPTIONS, SAME_BITS, H, Layers, mlp, together_and_apart, tokens
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers share a graph on torch >= 2.13")
-
-LAYERS = 3
-H, I = 16, 48  # noqa: E741
-OPTIONS = {"mst.chunk_tokens": 8}
-SAME_BITS = {"rtol": 0, "atol": 0}
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return how many layers each graph compiled from here on had replaced."""
-    counts: list[int] = []
-    real = layers.share_layers
-
-    def count(module: Any) -> int:
-        counts.append(real(module))
-        return counts[-1]
-
-    monkeypatch.setattr("mst_fx.backend.share_layers", count)
-    return counts
-
-
-class Layers(nn.Module):
-    """Some layers, each an MLP with a residual and whatever ``extra`` does, under a loss."""
-
-    def __init__(self, extra: Callable[[torch.Tensor], torch.Tensor], count: int = LAYERS, wrapped: Any = None) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(extra) for _ in range(count))
-        self.wrapped = wrapped or (lambda layer, x: layer(x))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = self.wrapped(layer, x)
-        return x.cumsum(1).square().mean()
-
-
-class Layer(nn.Module):
-    def __init__(self, extra: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.mix = nn.Linear(H, H)
-        self.mlp = mlp()
-        self.extra = extra
-        self.scale = 1.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.extra(self.mix(x).cumsum(1)) * self.scale
-        return x + self.mlp(x)
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(H, I), nn.GELU(), nn.Linear(I, H))
-
-
-def tokens(requires_grad: bool = False) -> dict[str, Any]:
-    return {"x": torch.randn(2, 23, H, requires_grad=requires_grad)}
-
-
-def together_and_apart(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    within: dict[str, float] = SAME_BITS,
-    fn: Callable[..., Any] | None = None,
-    around: Callable[[], Any] = contextlib.nullcontext,
-    **options: Any,
-) -> None:
-    """Compare loss and gradients with layers shared with those of layers compiled one by one.
-
-    Args:
-        model: Whose gradients are compared.
-        inputs: What is called with.
-        within: The tolerances.
-        fn: What is compiled, the model itself if None; it gives the loss or an output with one.
-        around: Makes the context it is called in.
-        options: More options of the backend.
-    """
-    found = []
-    for share in (True, False):
-        torch._dynamo.reset()
-        model.zero_grad()
-        given = {**OPTIONS, **EAGER, **options, "mst.share_layers": share}
-        compiled = torch.compile(fn or model, backend="mst", fullgraph=True, options=given)
-        with around():
-            out = compiled(**inputs)
-        loss = out if isinstance(out, torch.Tensor) else out.loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for shared, alone in zip(*found, strict=True):
-        torch.testing.assert_close(shared, alone, **within)
-
-
-@pytest.fixture
-def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the graphs that torch traces from here on to see whether they write to an input."""
-    names: list[str] = []
-    real = layers.INVOKE.gen_schema
-
-    def note(subgraph: Any, identifier: str, *operands: Any) -> Any:
-        names.append(identifier)
-        return real(subgraph, identifier, *operands)
-
-    monkeypatch.setattr(layers.INVOKE, "gen_schema", note, raising=False)
-    return names
-
 
 # -- shared ------------------------------------------------------------------------------------------
 
@@ -153,30 +50,6 @@ def test_same_bits_as_apart(compiler: str, checkpointing: bool, shared: list[int
     # Inductor fuses norms at the seam of two layers otherwise, which orders a sum differently.
     within = SAME_BITS if compiler == "aot_eager" else {"rtol": 1e-5, "atol": 1e-6}
     together_and_apart(model, hf_inputs("llama"), within, **{"mst.compiler": compiler})
-    assert shared == [LAYERS]
-
-
-def test_under_autocast(shared: list[int]) -> None:
-    torch.manual_seed(0)
-    check_exact(hf("llama", num_hidden_layers=LAYERS), hf_inputs("llama"), options={**OPTIONS, **EAGER}, autocast=True)
-    assert shared == [LAYERS]
-
-
-@pytest.mark.slow
-def test_under_an_autocast_within(shared: list[int]) -> None:
-    """As Transformers' Trainer has it."""
-
-    class Within(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = hf("llama", num_hidden_layers=LAYERS)
-
-        def forward(self, **inputs: torch.Tensor) -> Any:
-            with torch.autocast(DEVICE, torch.bfloat16):
-                return self.model(**inputs)
-
-    torch.manual_seed(0)
-    together_and_apart(Within(), hf_inputs("llama"))
     assert shared == [LAYERS]
 
 
@@ -359,93 +232,6 @@ def test_another_length_is_compiled_apart(shared: list[int]) -> None:
             assert theirs.grad is not None
             assert error(ours.grad, theirs.grad) < 1e-5, name
     assert shared == [LAYERS, 0]
-
-
-@pytest.mark.parametrize("within", [False, True])
-def test_autocast_to_another_dtype_than_the_default(within: bool, shared: list[int]) -> None:
-    """A shared backward is traced outside of it, where it would be the default's: 1.8 times the error here."""
-
-    class Cast(Layers):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(DEVICE, torch.float16):
-                return super().forward(x)
-
-    torch.manual_seed(0)
-    before = torch.get_autocast_dtype(DEVICE)
-    model = Cast(torch.tanh)
-    together_and_apart(
-        model,
-        tokens(requires_grad=True),
-        fn=model if within else super(Cast, model).forward,
-        around=lambda: torch.autocast(DEVICE, torch.float16, enabled=not within),
-    )
-    assert shared == [LAYERS]
-    assert torch.get_autocast_dtype(DEVICE) == before
-
-
-def test_autocasts_to_two_dtypes(shared: list[int]) -> None:
-    """Torch has one default: layers under another share only where nothing else would change with it."""
-
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Layers(torch.tanh), Layers(torch.tanh)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(DEVICE, torch.float16):
-                first = self.first(x)
-            x = (x + first.tanh()).roll(1, 1)  # or both would be one sequence of layers, with a switch among them
-            with torch.autocast(DEVICE, torch.bfloat16):
-                return self.second(x)
-
-    torch.manual_seed(0)
-    together_and_apart(Twice(), tokens(requires_grad=True))
-    assert shared == [LAYERS]
-
-
-HALF = torch.float16
-AROUND: dict[str, tuple[Any, tuple[Any, ...], Any, int]] = {
-    "within one without a dtype": (None, ((HALF, True), (None, True)), (HALF, False), 0),
-    "another without a dtype": (None, ((HALF, True),), (None, True), 0),
-    "in another around the function": (torch.bfloat16, ((HALF, True),), (HALF, False), 0),
-    "switched off in one around the function": (torch.bfloat16, ((HALF, False),), (HALF, False), 0),
-    "one that torch switches off": (torch.bfloat16, ((torch.float32, True),), (HALF, False), 0),
-    "switched off": (None, ((HALF, False),), (None, True), LAYERS),
-    "others switched off": (None, ((HALF, True),), (torch.bfloat16, False), LAYERS),
-}
-"""Name -> autocast around the function, those around layers (dtype, enabled), that around the head, layers shared."""
-
-
-@pytest.mark.parametrize("name", AROUND)
-@pytest.mark.filterwarnings("ignore:In CPU autocast")
-def test_autocasts_around_and_beside(name: str, shared: list[int]) -> None:
-    """Whatever else is under an autocast computes what it does without sharing."""
-    around, within, beside, expected = AROUND[name]
-
-    def wide(x: torch.Tensor) -> torch.Tensor:
-        return x if x.dtype is torch.float32 else x.float()
-
-    class Beside(Layers):
-        def __init__(self) -> None:
-            super().__init__(torch.tanh)
-            self.first, self.head = nn.Linear(H, H), nn.Linear(H, H)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = wide(self.first(x))
-            with torch.autocast(DEVICE, *within[0]), torch.autocast(DEVICE, *within[-1]):
-                for layer in self.layers:
-                    x = layer(x)
-            with torch.autocast(DEVICE, *beside):
-                x = self.head(wide(x).roll(1, 1))
-            return wide(x).cumsum(1).square().mean()
-
-    torch.manual_seed(0)
-    together_and_apart(
-        Beside(),
-        tokens(requires_grad=True),
-        around=lambda: torch.autocast(DEVICE, around) if around else contextlib.nullcontext(),
-    )
-    assert sum(shared) == expected
 
 
 @pytest.mark.slow

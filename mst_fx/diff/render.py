@@ -85,7 +85,10 @@ ADVICE = (
         "a metric of all tokens can be taken of each first (x.amax(-1).max(), not x.max()); what changes each token by "
         "all of them, a scale, needs them whole",
     ),
-    (r"compute the loss inside", "pass labels to the model, or compile a function that returns the loss"),
+    (
+        r"compute the loss inside",
+        "if these are logits: pass labels to the model, or compile a function that returns the loss",
+    ),
     (
         r"returned logits are kept",
         "mst.logits='lazy' (the default) does not hold the returned logits until they are read",

@@ -44,7 +44,8 @@ _LOGITS_NOTES = {
 
 
 _NO_LOSS = (
-    "the logits are returned and no loss is computed from them in this graph; if you train on them, compute "
+    "the logits (or what else is so wide) are returned and no loss is computed from them in this graph; if you train "
+    "on them, compute "
     "the loss inside the compiled function, without a graph break between"
 )
 

@@ -1,4 +1,4 @@
-"""What ops do to slots: sort, take, count, multiply by expert, put back.
+"""What ops do to slots: sort, take, multiply by expert, put back; ``slot_counts`` counts them.
 
 A rule returns one form per result, None where it does not apply, or raises ``MixesTokensError``. Rules for rows
 (``rules``) serve for all that keeps slots where they are.
@@ -7,22 +7,15 @@ A rule returns one form per result, None where it does not apply, or raises ``Mi
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from mst_fx.rowform.rows import MixesTokensError, Row, Shared, aten, concrete, feature_shape, numel, same_size
+import mst_fx.rowform.slot_counts  # noqa: F401  registers its rules
+from mst_fx.rowform.rows import MixesTokensError, Row, aten, concrete, feature_shape, numel, same_size
 from mst_fx.rowform.rules.registry import op_name
-from mst_fx.rowform.slots import EXACT_FOR_IDS, RULES, Order, SlotBuilder, SlotRow, Special, Spread, slot_rule
-
-
-def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return the arguments of a call by name, defaults included."""
-    schema = func._schema.arguments
-    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+from mst_fx.rowform.slots import RULES, Order, SlotBuilder, SlotRow, Special, Spread, bound, slot_rule
 
 
 @slot_rule(aten.view, aten._unsafe_view, aten.reshape)
@@ -60,7 +53,7 @@ def as_slots(b: SlotBuilder, row: Row, features: list[Any]) -> SlotRow:
 @slot_rule(aten.sort)
 def _sort(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
     form = b.form(args[0])
-    given = _bound(func, args, kwargs)
+    given = bound(func, args, kwargs)
     if isinstance(form, Special):
         if form.role != "perm" or given["descending"]:
             return None
@@ -91,7 +84,7 @@ def _token(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
 
 @slot_rule(aten.arange)
 def _arange(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    given = _bound(func, args, kwargs)
+    given = bound(func, args, kwargs)
     whole = given.get("start", 0) == 0 and given.get("step", 1) == 1
     return [Special("iota")] if whole and b.counts_slots(given["end"]) else None
 
@@ -117,7 +110,7 @@ def _same(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[
 @slot_rule(aten.index_put, aten.scatter)
 def _invert(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
     """``inverse[perm] = arange(S)``."""
-    given = _bound(func, args, kwargs)
+    given = bound(func, args, kwargs)
     if func.overloadpacket is aten.index_put:
         indices, values, plain = given["indices"], given["values"], not given["accumulate"]
         index = indices[0] if len(indices) == 1 else None
@@ -142,7 +135,7 @@ def _index(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list
         index = args[2] if args[1] % x.ndim == 0 else None
     else:
         index = args[1]
-        given = _bound(func, args, kwargs)
+        given = bound(func, args, kwargs)
         if given["padding_idx"] >= 0 or given["scale_grad_by_freq"] or given["sparse"]:
             raise MixesTokensError("looks rows up that get no gradient, or one that depends on how often they are read")
     at, form = b.form(index), b.form(x)
@@ -206,7 +199,7 @@ def _of_tokens(b: SlotBuilder, x: torch.Tensor) -> Row | None:
 @slot_rule(aten.index_add, aten.scatter_add, aten.index_put)
 def _added_up(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
     """Add sorted slots to their tokens, ``out.index_add(0, perm // k, rows)``, or put each in its place."""
-    given = _bound(func, args, kwargs)
+    given = bound(func, args, kwargs)
     whole, adds = given["self"], given.get("accumulate", True)
     if func.overloadpacket is aten.index_put:
         index, rows = (given["indices"][0] if len(given["indices"]) == 1 else None), given["values"]
@@ -252,109 +245,6 @@ def _spread(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> lis
     return [Spread(of, b.emit(aten.expand.default, column, [-1, *features]))]
 
 
-@slot_rule(aten.histc)
-def _histc(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    form, given = b.form(args[0]), _bound(func, args, kwargs)
-    bins = given["bins"]
-    if not isinstance(form, SlotRow) or form.ids is None:
-        return None
-    if bins < 2 or given["min"] != 0 or given["max"] not in (bins - 1, bins):  # either counts each number apart
-        raise MixesTokensError("counts something else than the experts' numbers")
-    return [Special("counts", b.emit(func, form.node, bins, 0, given["max"]), None, form.ids)]
-
-
-@slot_rule(aten.eq)
-def _one_hot(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    """``ids[:, None] == arange(E)``, as ``one_hot`` has it."""
-    form = b.form(args[0])
-    if not isinstance(form, SlotRow) or form.ids is None or form.kinds != (True, False) or _counted(b, args[1]) is None:
-        return None
-    return [SlotRow(form.kinds, b.emit(func, form.node, b.shared(args[1])), form.order, one_hot=form.ids)]
-
-
-@slot_rule(aten.sum)
-def _summed(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    form, given = b.form(args[0]), _bound(func, args, kwargs)
-    if not isinstance(form, SlotRow) or form.one_hot is None or given.get("dim") != [0] or given["keepdim"]:
-        return None
-    if outs[0].dtype not in EXACT_FOR_IDS:
-        return None
-    return [Special("counts", b.emit(func, form.node, [0], dtype=outs[0].dtype), None, form.one_hot)]
-
-
-@slot_rule(aten.scatter_add, aten.index_add)
-def _counted_up(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    """``zeros(E).scatter_add(0, ids, ones)``."""
-    onto, at, ones = (b.form(a) for a in (args[0], *args[2:4]))
-    if not isinstance(at, SlotRow) or at.ids is None or not isinstance(onto, Shared) or not isinstance(ones, SlotRow):
-        return None
-    made = _made_by(ones) is aten.ones_like.default and _made_by(onto) is aten.zeros.default
-    if not made or args[0].ndim != 1 or kwargs or outs[0].dtype not in EXACT_FOR_IDS:
-        return None
-    return [Special("counts", b.emit(func, onto.node, 0, at.node, ones.node), None, at.ids)]
-
-
-@slot_rule(aten.searchsorted)
-def _searched(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    """Offsets as the places behind the last slot of every expert."""
-    form, experts = b.form(args[0]), _counted(b, args[1])
-    right = kwargs.get("right", False) or kwargs.get("side") == "right"
-    if not isinstance(form, SlotRow) or form.order is None or not form.order.ascending or experts is None or not right:
-        return None
-    if form.ids is not form.order.source or kwargs.get("sorter") is not None:
-        return None
-    return [Special("offsets", b.emit(func, form.node, experts, **kwargs), None, form.ids)]
-
-
-def _counted(b: SlotBuilder, x: Any) -> fx.Node | None:
-    """Return the node of ``x`` if it counts 0, 1, 2, ..., as experts are numbered."""
-    form = b.form(x)
-    if not isinstance(form, Shared) or _made_by(form) is not aten.arange.default or x.dtype not in EXACT_FOR_IDS:
-        return None
-    return form.node
-
-
-def _made_by(form: Row | Shared) -> Any:
-    """Return the op that made a value."""
-    node: Any = form.node
-    while node.target is aten.detach.default:
-        node = node.args[0]
-    return node.target
-
-
-@slot_rule(aten.all)
-def _all(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    """What ``one_hot`` asserts of all numbers it asserts of a chunk's."""
-    form = b.form(args[0])
-    return [Special("holds", b.emit(func, form.node))] if isinstance(form, SlotRow) and len(args) == 1 else None
-
-
-@slot_rule(aten._assert_async)
-def _assert(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    form = b.form(args[0])
-    if not isinstance(form, Special) or form.role != "holds":
-        return None
-    b.emit(func, form.node, *args[1:])
-    return []
-
-
-@slot_rule(aten.cumsum)
-def _offsets(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    form = b.form(args[0])
-    if not isinstance(form, Special) or form.role != "counts":
-        return None
-    return [Special("offsets", b.emit(func, form.node, *args[1:], **kwargs), None, form.source)]
-
-
-@slot_rule(aten._to_copy)
-def _cast_counts(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
-    form = b.form(args[0])
-    counts = isinstance(form, Special) and form.role in ("counts", "offsets")
-    if not counts or outs[0].dtype not in EXACT_FOR_IDS:
-        return None
-    return [replace(form, node=b.emit(func, form.node, dtype=outs[0].dtype))]
-
-
 @slot_rule(aten.bmm)
 def _per_slot(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
     """Multiply every slot by a matrix of its own."""
@@ -369,7 +259,7 @@ def _per_slot(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> l
 
 def grouped_product(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> list[Any] | None:
     """Multiply sorted slots by the matrix of their expert: rows up to offset ``e`` by matrix ``e``."""
-    given = _bound(func, args, kwargs)
+    given = bound(func, args, kwargs)
     x, weight, offs = (list(given.values())[i] for i in range(3))
     rows, ends = b.form(x), b.form(offs)
     if not isinstance(rows, SlotRow):

@@ -180,3 +180,10 @@ class SlotBuilder(RowBuilder):
         if isinstance(self.form(tensor), Special | Spread):
             raise MixesTokensError("uses positions of sorted tokens as if they were a weight")
         return super().shared(tensor, shape)
+
+
+def bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, defaults included."""
+    schema = func._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
