@@ -19,10 +19,10 @@ demo: .venv/demo
 	$(BIN)/mst-fx demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
 
 test-all: .venv/installed
-	MST_FUZZ=40 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	MST_FUZZ=40 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

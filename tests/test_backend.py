@@ -18,8 +18,9 @@ HF = {
 }  # fmt: skip
 
 
-KEPT = [(name, 1 + i % 2) for i, name in enumerate(HF) if name != "falcon_mamba"]
-"""What ``make test`` runs of these: every model with one batch size or the other."""
+SLOW = {"falcon_mamba", "gemma3", "phi3", "gptj", "qwen2", "mistral", "vit"}
+KEPT = [(name, 1 + i % 2) for i, name in enumerate(HF) if name not in SLOW]
+"""What ``make test`` runs of these, with one batch size or the other."""
 
 
 @pytest.mark.parametrize(("name", "batch"), slow_but(KEPT, itertools.product(HF, [1, 2])))
@@ -32,7 +33,7 @@ def test_transformers_model_trains_exactly(name: str, batch: int) -> None:
 CHECKPOINTED = ["llama", "gemma2", "gpt2", "phi3", "bert", "t5", "mixtral", "falcon_mamba"]
 
 
-@pytest.mark.parametrize("name", slow_but(["llama", "gemma2", "mixtral"], CHECKPOINTED))
+@pytest.mark.parametrize("name", slow_but(["llama", "mixtral"], CHECKPOINTED))
 def test_gradient_checkpointing(name: str) -> None:
     model = hf(name)
     model.gradient_checkpointing_enable()
@@ -43,7 +44,7 @@ def test_gradient_checkpointing(name: str) -> None:
 
 
 LOW = ["llama", "gemma2", "gpt2", "gpt_neox", "bert", "t5"]
-LOW_KEPT = [("llama", "bf16"), ("gemma2", "autocast"), ("gpt2", "autocast"), ("t5", "bf16")]
+LOW_KEPT = [("llama", "bf16"), ("gemma2", "autocast"), ("gpt2", "autocast")]
 
 
 @pytest.mark.parametrize(("name", "how"), slow_but(LOW_KEPT, itertools.product(LOW, ["bf16", "autocast"])))

@@ -111,6 +111,7 @@ def test_planted_bug_is_found_and_its_region_named(monkeypatch: pytest.MonkeyPat
     assert found.to_dict()["culprit"]["path"] == "blocks.1"
 
 
+@pytest.mark.slow
 def test_planted_bug_in_a_checkpointed_block_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = hf("llama")
     enable_checkpointing(model)

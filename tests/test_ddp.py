@@ -95,6 +95,8 @@ def train(
     return result
 
 
+pytestmark = pytest.mark.xdist_group("ddp")
+
 CASES = {
     "llama": functools.partial(train, build=llama),
     "inside": functools.partial(train, inside=True),

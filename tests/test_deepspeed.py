@@ -72,6 +72,8 @@ def train(
     return {"worst": worst(found, truth), "collectives": collectives}
 
 
+pytestmark = pytest.mark.xdist_group("deepspeed")
+
 CASES = {
     "zero-1": functools.partial(train, stage=1, how="engine"),
     "zero-2": functools.partial(train, stage=2, how="engine"),

@@ -128,6 +128,7 @@ def test_a_finished_training_is_not_gone_on_with(models, tmp_path, text, capfd):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-2", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_model_of_a_training_killed_at_its_end_is_saved(models, tmp_path, text, capfd):
     argv, out = [*command(models("llama"), tmp_path, text), "--save_steps", "1"], tmp_path / "out"
     assert main(argv) == 0

@@ -83,6 +83,8 @@ def refusal(output: Any) -> str:
 
 
 HALF = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+pytestmark = pytest.mark.xdist_group("fsdp")
+
 CASES = {
     "whole": train,
     "per block": functools.partial(train, per_block=True),

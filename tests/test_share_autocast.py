@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.harness import DEVICE, EAGER, check_exact
+from tests.harness import DEVICE, EAGER, check_exact, slow_but
 from tests.models import hf, hf_inputs
 from tests.sharing import LAYERS, OPTIONS, H, Layers, together_and_apart, tokens
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers share a graph on torch >= 2.13")
 
 
+@pytest.mark.slow
 def test_under_autocast(shared: list[int]) -> None:
     torch.manual_seed(0)
     check_exact(hf("llama", num_hidden_layers=LAYERS), hf_inputs("llama"), options={**OPTIONS, **EAGER}, autocast=True)
@@ -95,7 +96,7 @@ AROUND: dict[str, tuple[Any, tuple[Any, ...], Any, int]] = {
 """Name -> autocast around the function, those around layers (dtype, enabled), that around the head, layers shared."""
 
 
-@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("name", slow_but([n for n in AROUND if "without" not in n], AROUND))
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_autocasts_around_and_beside(name: str, shared: list[int]) -> None:
     """Whatever else is under an autocast computes what it does without sharing."""

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="layers shar
 # -- shared ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(["llama", "gemma2"], ["llama", "gpt2", "gemma2"]))
+@pytest.mark.parametrize("name", slow_but(["gemma2"], ["llama", "gpt2", "gemma2"]))
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_models_are_exact(name: str, checkpointing: bool, shared: list[int]) -> None:
     """Alternating layers share in pairs."""

@@ -117,6 +117,8 @@ def load_by_plan(model: Any, rank: int, mesh: Any) -> Any:
     return split
 
 
+pytestmark = pytest.mark.xdist_group("tensor_parallel")
+
 CASES = {
     "by hand": functools.partial(train, plan=HAND),
     "by hand, bf16": functools.partial(train, plan=HAND, half=True),

@@ -56,7 +56,7 @@ class Model(nn.Module):
         return F.cross_entropy(hidden.flatten(0, 1), labels.flatten()) + 0.1 * (share * share).sum()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_experts_with_router_logits_are_exact(dynamic: bool) -> None:
     model = Model(MaskedExperts())
     model.moe.experts[1].requires_grad_(not dynamic)
