@@ -287,6 +287,10 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "added_to_next_token": (
         {"back": lambda s, y, p, v: torch.zeros(46, H).index_add(0, (p // s.k + 1) % 46, y)}, "positions"
     ),
+    "some_features_added": (
+        {"back": lambda s, y, p, v: torch.zeros(46, H).scatter_add(0, (p // s.k)[:, None].expand(-1, H - 1), y)},
+        "whole rows",
+    ),
     "added_along_features": (
         {"back": lambda s, y, p, v: torch.zeros(H, 46).index_add(1, p // s.k, y.T).T}, "order|positions"
     ),

@@ -19,7 +19,7 @@ def mistakes(models, tmp_path):
     short.write_text("x = 1\n")
     (tmp_path / "rows.jsonl").write_text('{"content": "x = 1"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\nno json\n')
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xe9t\xe9"}\n')
     (tmp_path / "table.csv").write_text("text,label\nx,1\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test.jsonl").write_text('{"text": "x"}\n')

@@ -83,7 +83,9 @@ def _join_views(module: fx.GraphModule) -> None:
                 continue
             of = node.all_input_nodes[0]
             before = first.setdefault(of, node)
-            if before is not node and same_size(numel(fake(of).shape), value.shape[0]):  # pyright: ignore
+            shown = fake_tensor(before)
+            alike = shown is not None and shown.dtype == value.dtype and same_size(shown.shape[0], value.shape[0])
+            if before is not node and alike:
                 node.replace_all_uses_with(before)
                 module.graph.erase_node(node)
 
@@ -238,9 +240,9 @@ class Experts:
             return False
         if any(mutated_storages(n) & storages(node) for n in self.order):
             return False
-        # Room for all tokens is a value with a row for each of them, as from outside.
-        tokens = same_size(value.shape[0], self.builder.tokens)
-        return name == "arange" or not tokens
+        if self.builder.counts_slots(value.shape[0]):  # with one slot per token, room is a value with a row for each
+            return name == "arange" or self.builder.k > 1
+        return name == "arange" or (value.ndim == 1 and not same_size(value.shape[0], self.builder.tokens))
 
     def _record(self, node: fx.Node) -> bool:
         """Record one node; returns whether that could be done."""

@@ -211,10 +211,12 @@ def _added_up(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> l
     at = at.of if isinstance(at, Spread) and func.overloadpacket is aten.scatter_add else at
     if not isinstance(at, Special) or not isinstance(slots, SlotRow) or slots.order is not at.order:
         return None
+    assert isinstance(index, torch.Tensor)
     assert isinstance(rows, torch.Tensor)
     kinds = (True,) + (False,) * (whole.ndim - 1)
-    if slots.kinds != kinds or list(rows.shape[1:]) != list(whole.shape[1:]):
-        return None
+    whole_rows = index.shape == rows.shape or func.overloadpacket is not aten.scatter_add
+    if slots.kinds != kinds or list(rows.shape[1:]) != list(whole.shape[1:]) or not whole_rows:
+        raise MixesTokensError("puts something else than whole rows")
     if adds and (at.role == "token" or (at.role == "perm" and b.k == 1)):
         onto = _of_tokens(b, whole)
         if onto is None:

@@ -133,7 +133,7 @@ class SlotTracer(RowTracer):
             for key in strange:
                 del self.b.live_ins[key]  # or it would be an old acquaintance the next time
             raise MixesTokensError("reads a value of every slot that comes from somewhere else")
-        keeps = func.overloadpacket in _SAME_NUMBERS
+        keeps = func.overloadpacket in _SAME_NUMBERS and func is not aten.view.dtype  # which reads the bits anew
         for out in outs:
             row = self.b.row(out)
             if row is not None and sum(row.kinds) != 1:
