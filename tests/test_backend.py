@@ -18,7 +18,7 @@ HF = {
 }  # fmt: skip
 
 
-SLOW = {"falcon_mamba", "gemma3", "phi3", "gptj", "qwen2", "mistral", "vit"}
+SLOW = {"falcon_mamba", "gemma3", "phi3", "gptj", "gpt_neox", "qwen2", "qwen3", "mistral", "vit"}
 KEPT = [(name, 1 + i % 2) for i, name in enumerate(HF) if name not in SLOW]
 """What ``make test`` runs of these, with one batch size or the other."""
 

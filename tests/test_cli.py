@@ -122,6 +122,7 @@ def test_json_and_page(capsys, tmp_path: pathlib.Path) -> None:
     assert "<!doctype html>" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_check(capsys, monkeypatch) -> None:
     assert cli.main(["diff", *ENTRY, "--check"]) == 0
     assert "as near to fp64 as plain" in capsys.readouterr().out

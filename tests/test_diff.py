@@ -77,6 +77,7 @@ def test_nothing_to_chunk() -> None:
     check_golden("nothing", mst_fx.explain(model, OPTIONS)(torch.randn(32, 8)).diff())
 
 
+@pytest.mark.slow
 def test_loss_outside_the_compiled_function() -> None:
     inputs = {"input_ids": hf_inputs("llama")["input_ids"]}
     check_golden("loss-outside", explain(hf("llama"), inputs).diff())

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from transformers.utils import is_liger_kernel_available
 
 from mst_fx.cli import main
 from mst_fx.commands.models import UsageError
@@ -90,6 +91,8 @@ def test_mistakes_get_one_line_before_anything_is_loaded(models, tmp_path, text,
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
     if torch.cuda.is_available():
         del cases["flash_attention_2: flash-attn"]
+    if is_liger_kernel_available():
+        del cases["liger-kernel is not installed"]
     for message, flags in cases.items():
         argv = command(models("llama"), tmp_path, text)
         assert main([*argv, *flags]) == 2, message

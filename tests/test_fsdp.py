@@ -86,13 +86,10 @@ HALF = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dty
 pytestmark = pytest.mark.xdist_group("fsdp")
 
 CASES = {
+    "head apart": functools.partial(train, head_apart=True),
     "whole": train,
     "per block": functools.partial(train, per_block=True),
-    "head apart": functools.partial(train, head_apart=True),
-    "kept gathered": functools.partial(train, reshard_after_forward=False),
-    "offloaded": functools.partial(train, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bf16": functools.partial(train, **HALF),
-    "accumulation": functools.partial(train, made={"micro": 2}),
     "lengths": functools.partial(train, made={"lengths": (9, 23), "count": 40}),
     "ignored, summed": functools.partial(train, made={"ignored": 1, "count": 40}),
     "llama": functools.partial(train, build=functools.partial(llama, tie_word_embeddings=True)),
@@ -100,6 +97,9 @@ CASES = {
     "llama, resharded": functools.partial(train, build=llama, reshard_after_forward=True),
 }
 SLOW = {
+    "kept gathered": functools.partial(train, reshard_after_forward=False),
+    "offloaded": functools.partial(train, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "accumulation": functools.partial(train, made={"micro": 2}),
     "one group": functools.partial(train, shard_blocks=False),
     "bf16 per block": functools.partial(train, per_block=True, **HALF),
     "ignored": functools.partial(train, made={"ignored": 1}),

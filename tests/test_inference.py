@@ -48,6 +48,7 @@ def test_logits_in_evaluation(mode: str) -> None:
         torch.testing.assert_close(fn(**inputs).logits + 0, model(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", slow_but(["dynamic"], ["dynamic", "static"]))
 def test_generation(cache: str) -> None:
     model = hf("llama").eval()

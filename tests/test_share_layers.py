@@ -35,6 +35,7 @@ def test_models_are_exact(name: str, checkpointing: bool, shared: list[int]) -> 
     assert sum(shared) >= 2, shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "checkpointing"),
     slow_but(

@@ -175,6 +175,7 @@ def test_accelerate_keeps_logits_lazy():
         torch.testing.assert_close(found.detach() + 0, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trainer_predicts(tmp_path, bf16):
     """Metrics on a part of the logits; all of them as predictions, the last batch smaller than the others."""
@@ -235,6 +236,7 @@ def test_lightning(tmp_path):
 # -- PEFT --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peft_lora_trains_merges_and_saves(tmp_path, checkpointing):
     need("peft")
