@@ -33,6 +33,10 @@ def positional():
     return SwiGLU(), (torch.randn(2, 23, 16),)
 
 
+def leaving() -> None:
+    raise SystemExit(3)
+
+
 def raising():
     raise RuntimeError("no such data set")
 
@@ -152,6 +156,13 @@ BAD = {
     "no colon": (["--entry", "tests.test_cli"], "not of the form package.module:function"),
     "no module": (["--entry", "no_such_module:f"], "no_such_module can't be imported"),
     "no function": (entry("healty"), "no function 'healty'. Did you mean 'healthy'"),
+    "path": (
+        ["--entry", "tests/test_cli.py:healthy"],
+        "a module's name is needed, as for import: tests.test_cli:healthy",
+    ),
+    "no callable": (entry("ENTRY"), "ENTRY is no function, but a value of type list"),
+    "exits": (entry("leaving"), "leaving() raised"),
+    "two options": ([*ENTRY, "--option", "chunk_tokens=8", "chunk_tokns=8"], "chunk_tokns"),
     "raises": (entry("raising"), "raising() raised"),
     "one value": (entry("alone"), "must return (model, inputs), got a value of type SwiGLU"),
     "no model": (entry("no_model"), "not callable"),

@@ -331,6 +331,16 @@ def test_transformers(name: str, experts: str) -> None:
     assert region.bytes_after < region.bytes_before
 
 
+def test_bytes_of_matrices_per_token_are_told_alike_chunked_or_not() -> None:
+    net, inputs = hf("mixtral", num_hidden_layers=1, experts_implementation="batched_mm"), hf_inputs("mixtral")
+    told = [
+        next(r for r in mst_fx.explain(net, {"mst.chunk_tokens": size})(**inputs).regions if r.kind == "mlp")
+        for size in ("auto", 8)
+    ]
+    assert [r.status for r in told] == ["skipped", "chunked"]
+    assert told[0].bytes_before == told[1].bytes_before
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_counts_for_a_buffer_shares_by_gather_and_sums_onto_the_shared_expert(k: int) -> None:
     """As torchtitan has it: counts of one view of the ids, the sort of another, all added to what is there."""

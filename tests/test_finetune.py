@@ -129,6 +129,23 @@ def test_a_finished_training_is_not_gone_on_with(models, tmp_path, text, capfd):
 
 
 @pytest.mark.slow
+def test_started_anew_nothing_is_left_of_the_training_before(models, tmp_path, text):
+    old = tmp_path / "out" / "checkpoint-4"
+    old.mkdir(parents=True)
+    (old / "trainer_state.json").write_text('{"global_step": 4, "epoch": 1.0}')
+    more = ["--save_steps", "1", "--overwrite_output_dir", "True"]
+    assert main(command(models("llama"), tmp_path, text, *more, steps=1)) == 0
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.slow
+def test_adapters_for_modules_that_are_not_there(models, tmp_path, text, capfd):
+    more = ["--low_rank_training", "True", "--lora_target_modules", "q_proj", "nope"]
+    assert main(command(models("llama"), tmp_path, text, *more, steps=1)) == 2
+    assert "the model has no 'nope'" in capfd.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_model_of_a_training_killed_at_its_end_is_saved(models, tmp_path, text, capfd):
     argv, out = [*command(models("llama"), tmp_path, text), "--save_steps", "1"], tmp_path / "out"
     assert main(argv) == 0
