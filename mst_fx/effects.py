@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ def _writes_first(node: fx.Node) -> bool:
         return False
     schemas = [getattr(packet, name)._schema.arguments for name in packet.overloads()]
     return not any(a.alias_info is not None and a.alias_info.is_write for given in schemas for a in given[1:])
+
+
+def changed_storages(nodes: Iterable[fx.Node]) -> set[int]:
+    """Return the storages that any of these nodes may change in place."""
+    return set().union(*map(mutated_storages, nodes))
 
 
 def change_after(node: fx.Node, held: set[int]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from mst_fx.context import Context, Graph
-from mst_fx.effects import mutated_storages
+from mst_fx.effects import changed_storages
 from mst_fx.graph import fake_tensor
 from mst_fx.regions.masks import read_mask
 from mst_fx.report import RegionReport
@@ -73,6 +73,6 @@ def _mutated(graph: Graph, context: Context) -> set[int]:
     found: set[int] = set()
     for module in {graph.module, *owners}:
         if module not in context.mutated:
-            context.mutated[module] = set().union(*(mutated_storages(n) for n in module.graph.nodes))
+            context.mutated[module] = changed_storages(module.graph.nodes)
         found |= context.mutated[module]
     return found

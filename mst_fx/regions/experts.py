@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.effects import is_in_place, mutated_storages
+from mst_fx.effects import changed_storages, is_in_place, mutated_storages
 from mst_fx.graph import (
     called_name,
     fake,
@@ -36,7 +36,7 @@ from mst_fx.regions.lift import Lifted, Lifter, Output, finish_lift, stops_gradi
 from mst_fx.regions.region import Region
 from mst_fx.report import Mismatch
 from mst_fx.rowform.recorder import run_node
-from mst_fx.rowform.rows import MixesTokensError, Row, aten, concrete, feature_shape, numel, same_size
+from mst_fx.rowform.rows import MixesTokensError, Row, aten, concrete, feature_shape, numel, same_shape, same_size
 from mst_fx.rowform.slot_rules import as_slots, multiplies_groups, register_grouped
 from mst_fx.rowform.slots import SlotBuilder, SlotRow, SlotTracer
 
@@ -73,21 +73,19 @@ def find_experts(module: fx.GraphModule, fake_mode: Any) -> list[Experts]:
 def _join_views(module: fx.GraphModule) -> None:
     """Let the first of several equal flat views of the same ids serve for all, so that one walk meets all readers."""
     first: dict[fx.Node, fx.Node] = {}
-    changed: set[int] = set().union(*map(mutated_storages, module.graph.nodes))
-    with walking(module) as nodes:
-        for node in nodes:
-            value = fake_tensor(node)
-            if value is None or value.ndim != 1 or value.dtype not in (torch.int32, torch.int64):
-                continue
-            if node_name(node) not in _FLATTENS or len(node.all_input_nodes) != 1 or storages(node) & changed:
-                continue
-            of = node.all_input_nodes[0]
-            before = first.setdefault(of, node)
-            shown = fake_tensor(before)
-            alike = shown is not None and shown.dtype == value.dtype and same_size(shown.shape[0], value.shape[0])
-            if before is not node and alike:
-                node.replace_all_uses_with(before)
-                module.graph.erase_node(node)
+    changed = changed_storages(module.graph.nodes)
+    for node in list(module.graph.nodes):
+        value = fake_tensor(node)
+        if value is None or value.ndim != 1 or value.dtype not in (torch.int32, torch.int64):
+            continue
+        if node_name(node) not in _FLATTENS or len(node.all_input_nodes) != 1 or storages(node) & changed:
+            continue
+        before = first.setdefault(node.all_input_nodes[0], node)
+        shown = fake_tensor(before)
+        alike = shown is not None and shown.dtype == value.dtype and same_shape(shown, value)
+        if before is not node and alike:
+            node.replace_all_uses_with(before)
+            module.graph.erase_node(node)
 
 
 def _lost(node: fx.Node) -> str:
@@ -134,6 +132,7 @@ class Experts:
         self.outer: dict[int, fx.Node] = {}
         self.order = {n: i for i, n in enumerate(module.graph.nodes)}
         self.states = grad_states(module)
+        self.changed = changed_storages(module.graph.nodes)
         self.region = Region(module, 0, source=source_of(entry), partial_sums=True)
         self.builder: Any = None
 
@@ -238,7 +237,7 @@ class Experts:
         value, name = fake_tensor(node), node_name(node)
         if value is None or not value.ndim or name not in ("arange", *_ROOM):
             return False
-        if any(mutated_storages(n) & storages(node) for n in self.order):
+        if storages(node) & self.changed:
             return False
         if self.builder.counts_slots(value.shape[0]):  # with one slot per token, room is a value with a row for each
             return name == "arange" or self.builder.k > 1
@@ -358,7 +357,7 @@ class Experts:
             )
         if not region.terminals:
             return Mismatch("not legal: what the experts say is never summed up to one row per token", region.source)
-        changed: set[int] = set().union(*(mutated_storages(n) for n in nodes))
+        changed = changed_storages(nodes)
         for node in sorted(nodes - set(region.terminals), key=self.order.__getitem__):
             reader = next((u for u in node.users if u not in nodes), None)
             if reader is None:

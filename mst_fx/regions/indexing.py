@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.effects import mutated_storages
+from mst_fx.effects import changed_storages
 from mst_fx.graph import fake, fake_tensor, grad_states, node_name, records_gradients, run_on_fakes, storages
 from mst_fx.rowform.rows import concrete, is_one, same_size
 
@@ -249,8 +249,7 @@ def _is_arange(node: Any, dim: int, ndim: int, size: Any) -> bool:
     value = fake_tensor(node)
     if value is None or value.ndim > ndim or value.dtype not in _INTEGERS:
         return False
-    held = storages(node)
-    if any(mutated_storages(n) & held for n in node.graph.nodes):
+    if changed_storages(node.graph.nodes) & storages(node):
         return False
     own = dim - (ndim - value.ndim)
     if (

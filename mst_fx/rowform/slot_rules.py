@@ -165,17 +165,15 @@ def _gather(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> lis
 def _taken(b: SlotBuilder, x: torch.Tensor, at: Special) -> SlotRow:
     """Return the rows of ``x`` at positions: of tokens into slots, of slots into another order."""
     form, kinds = b.form(x), (True,) + (False,) * (x.ndim - 1)
-    if at.role == "token":
-        form = _of_tokens(b, x)
-        if form is not None:
-            return SlotRow(kinds, b.emit(aten.index.Tensor, form.node, [at.node]), at.order)
-        form = b.form(x)
     if isinstance(form, SlotRow) and form.kinds == kinds:
         node = b.emit(aten.index.Tensor, form.node, [at.node])
         if _in_order(b, at) and form.order is None:
             return SlotRow(kinds, node, at.order, form.ids)
         if at.role == "inverse" and form.order is at.order:
             return SlotRow(kinds, node, None, form.ids)
+    tokens = _of_tokens(b, x) if at.role == "token" else None
+    if tokens is not None:
+        return SlotRow(kinds, b.emit(aten.index.Tensor, tokens.node, [at.node]), at.order)
     raise MixesTokensError("takes rows by another permutation than the one they stand in")
 
 
@@ -243,8 +241,7 @@ def _spread(b: SlotBuilder, func: Any, args: Any, kwargs: Any, outs: Any) -> lis
     features = [concrete(s) for s in shape[1:]]
     if not b.counts_slots(shape[0]) or not all(isinstance(s, int) for s in features):
         return None
-    column = b.emit(aten.reshape.default, of.node, [-1, *(1 for _ in features)])
-    return [Spread(of, b.emit(aten.expand.default, column, [-1, *features]))]
+    return [Spread(of)]
 
 
 @slot_rule(aten.bmm)

@@ -83,7 +83,6 @@ class Spread:
     """Positions written out for every feature, ``[S] -> [S, F]``, as ``gather`` and ``scatter_add`` take them."""
 
     of: Special
-    node: fx.Node
 
 
 SlotRule = Callable[[Any, Any, Any, Any, Any], "list[Any] | None"]
