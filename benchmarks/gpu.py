@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--together", action="store_true", help="all systems by turns in one process")
     found.add_argument("--start", type=int, help="longest: the first length tried")
     found.add_argument("--lengths", help="longest: comma-separated, instead of the search")
+    found.add_argument(
+        "--checkpoint-layers", type=int, default=1, help="longest: layers recomputed together, mst.checkpoint_layers"
+    )
     found.add_argument("--systems", help="comma-separated; longest: mst,inductor, the first gets most of the time")
     found.add_argument("--trial", help=argparse.SUPPRESS)
     return found
@@ -260,6 +263,7 @@ def _trial_apart(args: argparse.Namespace, system: str, length: int, seconds: fl
     command = [
         sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "longest", "--device", args.device, *tiny,
         "--gigabytes", str(args.gigabytes), "--steps", str(args.steps), "--trial", f"{system}:{length}",
+        "--checkpoint-layers", str(args.checkpoint_layers),
     ]  # fmt: skip
     named = {"system": system, "seq_len": length}
     try:
@@ -274,25 +278,28 @@ def _trial_apart(args: argparse.Namespace, system: str, length: int, seconds: fl
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class Layer(torch.nn.Module):
-    """A decoder layer with its checkpointing inside, so that both are in one graph."""
+class Layers(torch.nn.Module):
+    """Decoder layers with their checkpointing inside, so that all of it is in one graph."""
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(*args, **kwargs)
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        return hidden
 
 
 def by_layer(model: Any, system: str, options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile every layer, and head with loss, apart.
+    """Compile every layer (or as many as are recomputed together), and head with loss, apart.
 
     One graph for all would hand over all weight gradients at its end, and an optimizer inside the backward would
     free none of them before.
     """
     backend = {"backend": "mst", "options": {f"mst.{k}": v for k, v in options.items()}} if system == "mst" else {}
-    model.model.layers = torch.nn.ModuleList(map(Layer, model.model.layers))
+    layers, size = list(model.model.layers), options.get("checkpoint_layers", 1)
+    model.model.layers = torch.nn.ModuleList(Layers(layers[i : i + size]) for i in range(0, len(layers), size))
     for layer in model.model.layers:
         layer.compile(**backend)
 
@@ -332,7 +339,8 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
     for parameter in optimizers:
         parameter.register_post_accumulate_grad_hook(step_now)
     torch._dynamo.config.recompile_limit = 64
-    fn = by_layer(work.module, system, {"chunk_tokens": 128} if args.tiny else {})
+    options = {"checkpoint_layers": args.checkpoint_layers, **({"chunk_tokens": 128} if args.tiny else {})}
+    fn = by_layer(work.module, system, options)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     first = timed_step(work, fn, args.device)
@@ -346,7 +354,7 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
         "system": system, "seq_len": length, "first_s": first, "step_s": step, "steps_s": times,
         "tokens_per_s": length / step, "peak_gb": peak / 1e9,
         "reserved_gb": (torch.cuda.max_memory_reserved() if cuda else 0) / 1e9, "chunked": kinds,
-        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shapes": shapes,
+        "checkpoint_layers": args.checkpoint_layers, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shapes": shapes,
         "device": device_name(args.device), "versions": versions(),
     }  # fmt: skip
 

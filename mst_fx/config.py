@@ -52,6 +52,8 @@ class Config:
     """Raise when a graph that trains a loss ends with nothing chunked."""
     share_layers: bool = True
     """Compile equal layers once, as calls of one graph, where anything was chunked (torch >= 2.13)."""
+    checkpoint_layers: int = 1
+    """How many consecutive checkpointed blocks are recomputed together, so that only one of their inputs is kept."""
     verify_tokenwise: bool = False
     """Try every ``mst_fx.tokenwise`` on random data when it is compiled, and raise where it is not true."""
     inductor: tuple[tuple[str, Any], ...] = field(default=())
@@ -106,8 +108,16 @@ def _choice(*valid: str) -> Any:
 def _check_chunk_tokens(key: str, value: Any) -> int | str:
     if value == "auto" and isinstance(value, str):
         return "auto"
+    return _check_count(key, value, "'auto' or an int of at least 1 (tokens per chunk)")
+
+
+def _check_checkpoint_layers(key: str, value: Any) -> int:
+    return _check_count(key, value, "an int of at least 1 (layers recomputed together)")
+
+
+def _check_count(key: str, value: Any, valid: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{key}={value!r} is not valid; use 'auto' or an int of at least 1 (tokens per chunk).")
+        raise OptionError(f"{key}={value!r} is not valid; use {valid}.")
     return value
 
 
@@ -133,5 +143,6 @@ _CHECKS: dict[str, Any] = {
     "compiler": _choice("inductor", "aot_eager"),
     "strict": _check_bool,
     "share_layers": _check_bool,
+    "checkpoint_layers": _check_checkpoint_layers,
     "verify_tokenwise": _check_bool,
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.checkpoints import join_blocks
 from mst_fx.config import Config, NothingChunkedError
 from mst_fx.context import Context, Graph
 from mst_fx.dynamo import breaks_so_far, graph_break, keep_source
@@ -66,8 +67,9 @@ def run_passes(
     """
     started = time.perf_counter()
     context = Context(config, fake_mode_of([fake(n) for n in module.graph.nodes]))
-    rewritten = copy_graph(module)
     notes, left = _notes(module), left_to_eager()
+    given = _with_blocks_joined(module, config.checkpoint_layers, notes) if config.checkpoint_layers > 1 else module
+    rewritten = copy_graph(given)
     if context.fake_mode is None:
         notes.append("the graph has no inputs or outputs with shapes: nothing in it is looked at")
     elif cpp_wrapper(config.compiler, dict(config.inductor)):
@@ -88,13 +90,13 @@ def run_passes(
         left = [note for note in left if why not in note]
         context.reports = reports
     notes += [] if chunked else left
-    changed = chunked or context.masks > 0
+    changed = chunked or context.masks > 0 or given is not module
     if context.masks:
         several = "s" if context.masks > 1 else ""
         notes.append(
             f"{context.masks} attention{several}: the S x S mask is proved to be causal, or to mask nothing: not made"
         )
-    before = copy_graph(module, KEPT)
+    before = copy_graph(given, KEPT)
     before.meta["mst_ambient"] = autocast_now()  # autocast around the compiled function is not in its graph
     after = copy_graph(rewritten, KEPT) if changed else before
     after.meta["mst_ambient"] = before.meta["mst_ambient"]
@@ -110,6 +112,17 @@ def run_passes(
     if config.strict and not chunked and trains_loss(module):
         raise NothingChunkedError(f"mst.strict: nothing was chunked in a graph that trains a loss.\n{report}")
     return (rewritten if changed else module), report, context.logits
+
+
+def _with_blocks_joined(module: fx.GraphModule, size: int, notes: list[str]) -> fx.GraphModule:
+    """Return a copy with checkpointed blocks joined, which counts as the graph before; itself where there are none."""
+    copy = copy_graph(module)
+    joined, note = join_blocks(copy, size)
+    notes.append(note)
+    for graph in [m for m in copy.modules() if isinstance(m, fx.GraphModule)] if joined else []:
+        for node in graph.graph.nodes:
+            node.meta.pop("mst_origin", None)
+    return copy if joined else module
 
 
 _BROKEN = "a graph break ends a graph at {}: {}; what is left to eager there is not chunked"

@@ -1,0 +1,130 @@
+"""Consecutive checkpointed blocks become one, which is recomputed whole: what went from one to the next is not kept.
+
+    x -> [layer] -> x1 -> [layer] -> x2 -> ...        kept: x, x1, x2, ...
+    x -> [layer ------------> layer] -> x2 -> ...     kept: x, x2, ...
+
+Checkpointing keeps the input of every layer, H values per token and layer, which is what is left once wide values are
+chunked. In groups of ``n`` it keeps one of ``n``, and holds what ``n`` layers save while the backward of a group runs:
+least near ``n = sqrt(L / k)`` for ``L`` layers that save ``k`` values of H each inside (Chen et al., "Training Deep Nets
+with Sublinear Memory Cost", arXiv 1604.06174). Every layer but the last of a group runs its MLP once more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.dynamo import keep_source
+from mst_fx.graph import CHECKPOINT, fake, source_of
+
+
+def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
+    """Join up to ``size`` consecutive checkpointed blocks of a graph, in place; returns if any, and what to say of it."""
+    calls = [n for n in module.graph.nodes if n.target is CHECKPOINT]
+    groups: list[list[fx.Node]] = []
+    reasons: list[str] = []
+    for call in calls:
+        reason = _reason_against(module, groups[-1][-1], call) if groups and len(groups[-1]) < size else None
+        if groups and len(groups[-1]) < size and reason is None:
+            groups[-1].append(call)
+        else:
+            groups.append([call])
+            reasons += [reason] if reason else []
+    for group in groups:
+        if len(group) > 1:
+            _join(module, group)
+    if len(groups) < len(calls):
+        module.delete_all_unused_submodules()
+        module.recompile()
+        return True, f"{len(calls)} checkpointed blocks are recomputed in {len(groups)} groups of up to {size}"
+    why = reasons[0] if reasons else ("there is one" if calls else "there is none")
+    return False, f"mst.checkpoint_layers={size}: no checkpointed blocks are joined, {why}"
+
+
+def _reason_against(module: fx.GraphModule, first: fx.Node, second: fx.Node) -> str | None:
+    """Return why two checkpointed blocks can't be one, None if they can."""
+    between = list(itertools.takewhile(lambda n: n is not second, _after(first)))
+    other = next((n for n in between if n.op != "get_attr" and n not in first.users), None)
+    if other is not None:
+        return f"`{other.name}` is computed between {first.name} and {second.name} ({source_of(other)})"
+    if not any(n in first.users for n in second.all_input_nodes):
+        return f"{second.name} takes nothing from {first.name}"
+    if not all(n.target is operator.getitem for n in first.users):
+        return f"{first.name} gives its results as one value"
+    if not all(isinstance(a, fx.Node) for call in (first, second) for a in call.args):
+        return f"{first.name} or {second.name} is given a constant"
+    if first.kwargs != second.kwargs:
+        return f"{first.name} and {second.name} are checkpointed with different arguments"
+    if any(_block(module, call).meta for call in (first, second)):
+        return f"{first.name} or {second.name} has a policy of what to recompute"
+    return None
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    while node.op != "output":
+        node = node.next
+        yield node
+
+
+def _block(module: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
+    return getattr(module, call.args[0].target)  # pyright: ignore
+
+
+def _join(module: fx.GraphModule, calls: Sequence[fx.Node]) -> None:
+    """Replace blocks that follow each other by one that is called in the place of the last."""
+    own = {g: (call, g.args[1]) for call in calls for g in call.users}
+    graph, root = fx.Graph(), torch.nn.Module()
+    known: dict[Any, Any] = {}
+    for call in calls:
+        for holder, value in zip(_holders(_block(module, call)), call.args[1:], strict=True):
+            if value not in own and value not in known:
+                known[value] = graph.placeholder(holder.target)
+                known[value].target = known[value].name  # two blocks may call different values by one name
+                known[value].meta = {"example_value": fake(value), **holder.meta}
+                keep_source(holder, known[value])
+    results: dict[fx.Node, Sequence[Any]] = {}
+    for call in calls:
+        given = [results[own[v][0]][own[v][1]] if v in own else known[v] for v in call.args[1:]]
+        results[call] = _copy_into(graph, root, _block(module, call), given)
+    returned = [g for g in own if any(u not in calls for u in g.users)]
+    graph.output(tuple(results[call][i] for call, i in map(own.get, returned)))
+    target = f"{calls[0].args[0].target}_to_{calls[-1].args[0].target}"
+    setattr(module, target, fx.GraphModule(root, graph))
+    with module.graph.inserting_after(calls[-1]):
+        place = module.graph.get_attr(target)
+    with module.graph.inserting_after(place):
+        place = joined = module.graph.call_function(CHECKPOINT, (place, *known), calls[0].kwargs)
+    joined.meta = {**calls[0].meta, "example_value": tuple(fake(g) for g in returned)}
+    for i, old in enumerate(returned):
+        with module.graph.inserting_after(place):
+            place = module.graph.call_function(operator.getitem, (joined, i))
+        place.meta = {**old.meta}
+        old.replace_all_uses_with(place, delete_user_cb=lambda user: user not in calls)
+    for node in reversed([n for call in calls for n in (call.args[0], call, *call.users)]):
+        module.graph.erase_node(node)
+
+
+def _holders(block: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in block.graph.nodes if n.op == "placeholder"]
+
+
+def _copy_into(graph: fx.Graph, root: torch.nn.Module, block: fx.GraphModule, given: Sequence[Any]) -> Sequence[Any]:
+    """Copy a block's nodes behind those that are there, with its constants; returns what it gives."""
+    copies: dict[fx.Node, Any] = dict(zip(_holders(block), given, strict=True))
+    results = graph.graph_copy(block.graph, copies)
+    for node, copy in copies.items():
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(block)
+            copy.target = next(n for n in _names(str(node.target)) if getattr(root, n, value) is value)
+            setattr(root, copy.target, value)
+    return results  # pyright: ignore[reportReturnType]
+
+
+def _names(name: str) -> Iterator[str]:
+    name = name.replace(".", "_")
+    return itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
