@@ -354,7 +354,8 @@ def trial(args: argparse.Namespace, system: str, length: int) -> dict[str, Any]:
         "system": system, "seq_len": length, "first_s": first, "step_s": step, "steps_s": times,
         "tokens_per_s": length / step, "peak_gb": peak / 1e9,
         "reserved_gb": (torch.cuda.max_memory_reserved() if cuda else 0) / 1e9, "chunked": kinds,
-        "checkpoint_layers": args.checkpoint_layers, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shapes": shapes,
+        "checkpoint_layers": args.checkpoint_layers,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"], "shapes": shapes,
         "device": device_name(args.device), "versions": versions(),
     }  # fmt: skip
 

@@ -48,8 +48,8 @@ class Cells(Compared):
     error: bool = False
     rounds: int = 1
     steps: int = 1
-    warm: bool = False
-    """First steps alone: run every cell a second time on the caches of the first, and measure no peak."""
+    warm: int = 0
+    """First steps alone: how often every system is run on the caches that its last run left, and measure no peak."""
 
     def run(self, steps: int, clock: str) -> Rows:
         """Run the cells, systems by turns."""
@@ -57,13 +57,14 @@ class Cells(Compared):
         question = Question(name, "cpu", self.dtype, steps=self.steps)
         extra = ["--error"] if self.error else []
         rows: Rows = {}
+        folders: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as root:
-            for _ in range(self.rounds):
+            for caches in ["cold"] * self.rounds + ["warm"] * self.warm:
                 for system in self.systems:
-                    folder = tempfile.mkdtemp(dir=root)
-                    for caches in ("cold", "warm") if self.warm else ("cold",):
-                        row = run_cell(question, Cell(system, self.shapes, caches), folder, *extra)
-                        rows.setdefault(f"{system}, warm" if caches == "warm" else system, []).append(row)
+                    if caches == "cold":
+                        folders[system] = tempfile.mkdtemp(dir=root)
+                    row = run_cell(question, Cell(system, self.shapes, caches), folders[system], *extra)
+                    rows.setdefault(f"{system}, warm" if caches == "warm" else system, []).append(row)
         return rows
 
 
@@ -138,6 +139,8 @@ with torch.no_grad():
 CHECKPOINTING = {"checkpointing": True}
 HALF = {"hidden": 256, "intermediate": 896, "vocab": 16000, "heads": 4}
 """The reference llama at half the width, for the picture: the same shares at a quarter of the work."""
+DEEP = {"layers": 32, "hidden": 128, "intermediate": 448, "vocab": 4000}
+"""As many layers as a Llama-3-8B, so that their inputs are most of what checkpointing keeps."""
 LENGTHS_SHOWN = (1024, 2048, 4096, 8192, 16384)
 SERIES = {
     "inductor": ("plain", "tab:blue", "-"),
@@ -168,9 +171,13 @@ MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "llama-16k-checkpointing": Cells(
         "llama", "float32", ("inductor", "mst"), {"seq_len": 16384, **CHECKPOINTING}, steps=0
     ),
+    "llama-deep": Turns("llama", "float32", ("mst+checkpoint", "mst+checkpoint by 2"), {"seq_len": 2048, **DEEP}),
+    "llama-deep-peak": Cells(
+        "llama", "float32", ("mst+checkpoint", "mst+checkpoint by 2"), {"seq_len": 8192, **DEEP}, steps=0
+    ),
     "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
     "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
-    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, rounds=3, steps=0, warm=True),
+    "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, rounds=3, steps=0, warm=7),
     **{
         f"length-{n}": Cells("llama", "float32", LENGTH_SYSTEMS, {"seq_len": n, **HALF}, steps=0) for n in LENGTHS_SHOWN
     },

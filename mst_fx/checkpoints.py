@@ -5,8 +5,9 @@
 
 Checkpointing keeps the input of every layer, H values per token and layer, which is what is left once wide values are
 chunked. In groups of ``n`` it keeps one of ``n``, and holds what ``n`` layers save while the backward of a group runs:
-least near ``n = sqrt(L / k)`` for ``L`` layers that save ``k`` values of H each inside (Chen et al., "Training Deep Nets
-with Sublinear Memory Cost", arXiv 1604.06174). Every layer but the last of a group runs its MLP once more.
+``L / n + k * n`` for ``L`` layers that save ``k`` values of H inside, least at ``n = sqrt(L / k)`` (Chen et al.,
+"Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174). A Llama layer saves 4.5. Every layer but the last of
+a group runs its MLP once more.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ import torch
 from torch import fx
 
 from mst_fx.dynamo import keep_source
-from mst_fx.graph import CHECKPOINT, fake, source_of
+from mst_fx.graph import CHECKPOINT, fake, needs_grad, source_of
 
 
 def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
-    """Join up to ``size`` consecutive checkpointed blocks of a graph, in place; returns if any, and what to say of it."""
+    """Join up to ``size`` consecutive checkpointed blocks of a graph in place; returns if any were, and what to say."""
     calls = [n for n in module.graph.nodes if n.target is CHECKPOINT]
     groups: list[list[fx.Node]] = []
     reasons: list[str] = []
     for call in calls:
-        reason = _reason_against(module, groups[-1][-1], call) if groups and len(groups[-1]) < size else None
-        if groups and len(groups[-1]) < size and reason is None:
-            groups[-1].append(call)
+        open_group = groups[-1] if groups and len(groups[-1]) < size else None
+        reason = _reason_against(module, open_group[-1], call) if open_group else None
+        reasons += [reason] if reason else []
+        if open_group and not reason:
+            open_group.append(call)
         else:
             groups.append([call])
-            reasons += [reason] if reason else []
     for group in groups:
         if len(group) > 1:
             _join(module, group)
@@ -54,6 +56,8 @@ def _reason_against(module: fx.GraphModule, first: fx.Node, second: fx.Node) -> 
         return f"`{other.name}` is computed between {first.name} and {second.name} ({source_of(other)})"
     if not any(n in first.users for n in second.all_input_nodes):
         return f"{second.name} takes nothing from {first.name}"
+    if not any(needs_grad(n) for n in second.all_input_nodes if n in first.users):
+        return f"{first.name} is not recomputed: nothing that it hands on needs a gradient"
     if not all(n.target is operator.getitem for n in first.users):
         return f"{first.name} gives its results as one value"
     if not all(isinstance(a, fx.Node) for call in (first, second) for a in call.args):
@@ -92,8 +96,9 @@ def _join(module: fx.GraphModule, calls: Sequence[fx.Node]) -> None:
         given = [results[own[v][0]][own[v][1]] if v in own else known[v] for v in call.args[1:]]
         results[call] = _copy_into(graph, root, _block(module, call), given)
     returned = [g for g in own if any(u not in calls for u in g.users)]
-    graph.output(tuple(results[call][i] for call, i in map(own.get, returned)))
-    target = f"{calls[0].args[0].target}_to_{calls[-1].args[0].target}"
+    graph.output(tuple(results[call][i] for call, i in (own[g] for g in returned)))
+    first, last = (call.args[0].target for call in (calls[0], calls[-1]))  # pyright: ignore
+    target = f"{first}_to_{last}"
     setattr(module, target, fx.GraphModule(root, graph))
     with module.graph.inserting_after(calls[-1]):
         place = module.graph.get_attr(target)

@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
 }
 COMPILED = (
     "inductor", "inductor+checkpoint", "auto_chunker", "cut-cross-entropy", "mst", "mst parameter", "mst+checkpoint",
+    "mst+checkpoint by 2",
 )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_every_eager_system_does_the_same_work(work: str, system: str) -> None:
 
 def test_checkpointing_as_a_system_trains_the_same_weights() -> None:
     made = WORKS["llama"](seq_len=32, layers=1, hidden=32, intermediate=64, vocab=96, heads=2, **CPU)
-    for system in ("inductor+checkpoint", "mst+checkpoint"):
+    for system in ("inductor+checkpoint", "mst+checkpoint", "mst+checkpoint by 2"):
         fn = SYSTEMS[system](made, {})
         assert fn._orig_mod is not made.module
         assert fn._orig_mod.is_gradient_checkpointing

@@ -132,6 +132,11 @@ def mst_checkpoint(work: Work, options: Mapping[str, Any]) -> Function:
     return torch.compile(_checkpointed(work), backend="mst", options={f"mst.{k}": v for k, v in options.items()})
 
 
+def mst_checkpoint_by_2(work: Work, options: Mapping[str, Any]) -> Function:
+    """The same with layers recomputed by twos."""
+    return mst_checkpoint(work, {**options, "checkpoint_layers": 2})
+
+
 SYSTEMS: dict[str, System] = {
     "eager": eager,
     "inductor": inductor,
@@ -145,6 +150,7 @@ SYSTEMS: dict[str, System] = {
     "mst": mst,
     "mst parameter": mst_parameter,
     "mst+checkpoint": mst_checkpoint,
+    "mst+checkpoint by 2": mst_checkpoint_by_2,
 }
 
 
