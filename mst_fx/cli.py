@@ -100,7 +100,9 @@ def _model_arguments() -> argparse.ArgumentParser:
     model = shared.add_mutually_exclusive_group(required=True)
     model.add_argument("--entry", metavar="MODULE:FUNCTION", help="a function: (model, inputs), inputs a dict or tuple")
     model.add_argument("--hf", metavar="PATH_OR_TYPE", help="a causal LM: a folder with config.json, or a model type")
-    shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config value, with --hf")
+    shared.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="config value, with --hf"
+    )
     shared.add_argument("--batch", type=_at_least(1), help="with --hf (1)")
     shared.add_argument("--seq-len", type=_at_least(1), help="with --hf (1024)")
     shared.add_argument(

@@ -171,7 +171,10 @@ BAD = {
     "seq-len": ([*ENTRY, "--seq-len", "8"], "--seq-len goes with --hf"),
     "type": (["--hf", "lama"], "unknown model type 'lama'. Did you mean 'llama'"),
     "folder": (["--hf", "/no/such"], "no such folder"),
-    "set": (["--hf", "llama", "--set", "hiden_size=8"], "no config value 'hiden_size'. Did you mean 'hidden_size'"),
+    "set": (
+        ["--hf", "llama", "--set", "hidden_size=8", "hiden_size=8"],
+        "no config value 'hiden_size'. Did you mean 'hidden_size'",
+    ),
     "set form": (["--hf", "llama", "--set", "hidden_size"], "not of the form NAME=VALUE"),
     "no LM": (["--hf", "vit"], "Transformers has no causal LM of this type"),
     "option": ([*ENTRY, "--option", "chunk_token=8"], "Did you mean 'mst.chunk_tokens'"),
