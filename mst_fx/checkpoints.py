@@ -43,7 +43,8 @@ def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
     if len(groups) < len(calls):
         module.delete_all_unused_submodules()
         module.recompile()
-        return True, f"{len(calls)} checkpointed blocks are recomputed in {len(groups)} groups of up to {size}"
+        apart = f"; others stay apart: {reasons[0]}" if reasons else ""
+        return True, f"{len(calls)} checkpointed blocks are recomputed in {len(groups)} groups of up to {size}{apart}"
     why = reasons[0] if reasons else ("there is one" if calls else "there is none")
     return False, f"mst.checkpoint_layers={size}: no checkpointed blocks are joined, {why}"
 

@@ -15,6 +15,7 @@ import mst_fx
 from tests.harness import EAGER, check_exact, chunked, reasons, slow_but
 from tests.models import hf, hf_inputs
 from tests.sharing import H, Layer, Layers, mlp, tokens
+from tests.versions import require, trains_experts
 
 JOINED = {"mst.checkpoint_layers": 2, "mst.chunk_tokens": 8, **EAGER}
 plain_checkpoint = functools.partial(checkpoint, use_reentrant=False)
@@ -31,6 +32,8 @@ def blocks(report: mst_fx.Report | None) -> list[str]:
 
 @pytest.mark.parametrize("name", slow_but(["llama"], ["llama", "gemma2", "phi3", "qwen3_moe", "gpt2"]))
 def test_models_are_exact(name: str) -> None:
+    if name == "qwen3_moe":
+        require(trains_experts())
     model = hf(name, **({} if name == "gpt2" else {"num_hidden_layers": 4}))
     model.gradient_checkpointing_enable()  # pyright: ignore
     ours = check_exact(model, hf_inputs(name), options=JOINED)
@@ -195,6 +198,8 @@ def test_frozen_layers_are_not_recomputed() -> None:
     model.layers[:3].requires_grad_(False)
     ours = check_exact(model, tokens(), options=JOINED)
     assert blocks(ours.report) == ["wrap_body_0", "wrap_body_1", "wrap_body_2", "wrap_body_3_to_wrap_body_4"]
+    assert "5 checkpointed blocks are recomputed in 4 groups" in reasons(ours.report)
+    assert "others stay apart: tag_activation_checkpoint is not recomputed" in reasons(ours.report)
 
 
 class TwoTowers(Layers):
