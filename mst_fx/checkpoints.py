@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.dynamo import keep_source
-from mst_fx.graph import CHECKPOINT, fake, needs_grad, source_of
+from mst_fx.effects import changed_storages
+from mst_fx.graph import CHECKPOINT, fake, needs_grad, source_of, storages
 
 
 def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
@@ -29,9 +29,10 @@ def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
     calls = [n for n in module.graph.nodes if n.target is CHECKPOINT]
     groups: list[list[fx.Node]] = []
     reasons: list[str] = []
+    changed = changed_storages(module.graph.nodes)
     for call in calls:
         open_group = groups[-1] if groups and len(groups[-1]) < size else None
-        reason = _reason_against(module, open_group[-1], call) if open_group else None
+        reason = _reason_against(module, open_group[-1], call, changed) if open_group else None
         reasons += [reason] if reason else []
         if open_group and not reason:
             open_group.append(call)
@@ -41,7 +42,6 @@ def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
         if len(group) > 1:
             _join(module, group)
     if len(groups) < len(calls):
-        module.delete_all_unused_submodules()
         module.recompile()
         apart = f"; others stay apart: {reasons[0]}" if reasons else ""
         return True, f"{len(calls)} checkpointed blocks are recomputed in {len(groups)} groups of up to {size}{apart}"
@@ -49,24 +49,32 @@ def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
     return False, f"mst.checkpoint_layers={size}: no checkpointed blocks are joined, {why}"
 
 
-def _reason_against(module: fx.GraphModule, first: fx.Node, second: fx.Node) -> str | None:
-    """Return why two checkpointed blocks can't be one, None if they can."""
-    between = list(itertools.takewhile(lambda n: n is not second, _after(first)))
+def _reason_against(module: fx.GraphModule, first: fx.Node, second: fx.Node, changed: set[int]) -> str | None:
+    """Return why two checkpointed blocks can't be one, None if they can; ``changed`` storages change in the graph."""
+    between = itertools.takewhile(lambda n: n is not second, _after(first))
     other = next((n for n in between if n.op != "get_attr" and n not in first.users), None)
     if other is not None:
         return f"`{other.name}` is computed between {first.name} and {second.name} ({source_of(other)})"
-    if not any(n in first.users for n in second.all_input_nodes):
+    handed_on = [n for n in second.all_input_nodes if n in first.users]
+    if not handed_on:
         return f"{second.name} takes nothing from {first.name}"
-    if not any(needs_grad(n) for n in second.all_input_nodes if n in first.users):
+    if not any(map(needs_grad, handed_on)):
         return f"{first.name} is not recomputed: nothing that it hands on needs a gradient"
-    if not all(n.target is operator.getitem for n in first.users):
-        return f"{first.name} gives its results as one value"
-    if not all(isinstance(a, fx.Node) for call in (first, second) for a in call.args):
-        return f"{first.name} or {second.name} is given a constant"
+    # Saved for this reader, it would be recomputed instead, and all that it is made of held until then.
+    readers = (u for n in first.users if needs_grad(n) for u in n.users)
+    other = next((u for u in readers if u.target is not CHECKPOINT and u.op != "output"), None)
+    if other is not None:
+        return f"`{other.name}` reads what {first.name} hands on, too ({source_of(other)})"
+    # Recomputed from what was changed since, it would be another value than the one saved.
+    if any(storages(n) & changed for call in (first, second) for n in call.all_input_nodes):
+        return f"{first.name} or {second.name} reads a value that changes in place"
     if first.kwargs != second.kwargs:
         return f"{first.name} and {second.name} are checkpointed with different arguments"
     if any(_block(module, call).meta for call in (first, second)):
         return f"{first.name} or {second.name} has a policy of what to recompute"
+    given, results = [*first.args, *second.args], [*first.users, *second.users]
+    if not all(isinstance(a, fx.Node) for a in given) or any(n.target is not operator.getitem for n in results):
+        return f"{first.name} or {second.name} takes a constant, or gives one value"
     return None
 
 
@@ -90,16 +98,15 @@ def _join(module: fx.GraphModule, calls: Sequence[fx.Node]) -> None:
             if value not in own and value not in known:
                 known[value] = graph.placeholder(holder.target)
                 known[value].target = known[value].name  # two blocks may call different values by one name
-                known[value].meta = {"example_value": fake(value), **holder.meta}
-                keep_source(holder, known[value])
+                known[value].meta = {**holder.meta}
     results: dict[fx.Node, Sequence[Any]] = {}
     for call in calls:
         given = [results[own[v][0]][own[v][1]] if v in own else known[v] for v in call.args[1:]]
         results[call] = _copy_into(graph, root, _block(module, call), given)
     returned = [g for g in own if any(u not in calls for u in g.users)]
     graph.output(tuple(results[call][i] for call, i in (own[g] for g in returned)))
-    first, last = (call.args[0].target for call in (calls[0], calls[-1]))  # pyright: ignore
-    target = f"{first}_to_{last}"
+    targets = [str(call.args[0].target) for call in calls]  # pyright: ignore
+    target = f"{targets[0]}_to_{targets[-1]}"
     setattr(module, target, fx.GraphModule(root, graph))
     with module.graph.inserting_after(calls[-1]):
         place = module.graph.get_attr(target)
@@ -113,6 +120,9 @@ def _join(module: fx.GraphModule, calls: Sequence[fx.Node]) -> None:
         old.replace_all_uses_with(place, delete_user_cb=lambda user: user not in calls)
     for node in reversed([n for call in calls for n in (call.args[0], call, *call.users)]):
         module.graph.erase_node(node)
+    used = {n.target for n in module.graph.nodes if n.op == "get_attr"}
+    for name in {*targets} - used:
+        delattr(module, name)
 
 
 def _holders(block: fx.GraphModule) -> list[fx.Node]:

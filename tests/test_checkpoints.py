@@ -81,17 +81,40 @@ def test_one_input_of_a_group_is_kept() -> None:
 class Collecting(Layers):
     """Returns what is between the layers, as models do under ``output_hidden_states``."""
 
+    read = False
+
     def forward(self, x: torch.Tensor) -> Any:
         states = []
         for layer in self.layers:
             x = plain_checkpoint(layer, x)
             states.append(x)
-        return x.cumsum(1).square().mean() + sum(s.square().mean() for s in states), states
+        loss = x.cumsum(1).square().mean()
+        return loss + sum(s.square().mean() for s in states) if self.read else (loss, states)
 
 
 def test_what_is_between_may_be_returned() -> None:
     ours = check_exact(Collecting(torch.sin, 4), tokens(True), options=JOINED)
     assert len(blocks(ours.report)) == 2
+
+
+class OwnSine(torch.autograd.Function):
+    """Its forward and backward are graphs of their own in the graph of a block."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return dy * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_blocks_with_graphs_of_their_own(count: int) -> None:
+    """Of five layers the last stays alone."""
+    ours = check_exact(Layers(OwnSine.apply, count, plain_checkpoint), tokens(True), options=JOINED)
+    assert len(blocks(ours.report)) == -(-count // 2)
 
 
 class TwoValues(nn.Module):
@@ -200,6 +223,51 @@ def test_frozen_layers_are_not_recomputed() -> None:
     assert blocks(ours.report) == ["wrap_body_0", "wrap_body_1", "wrap_body_2", "wrap_body_3_to_wrap_body_4"]
     assert "5 checkpointed blocks are recomputed in 4 groups" in reasons(ours.report)
     assert "others stay apart: tag_activation_checkpoint is not recomputed" in reasons(ours.report)
+
+
+def test_what_is_read_between_stays_saved() -> None:
+    """Joined, every group would be recomputed at the start of the backward, and held."""
+    model = Collecting(torch.sin, 4)
+    model.read = True
+    ours = check_exact(model, tokens(True), options=JOINED)
+    assert len(blocks(ours.report)) == 4
+    assert "reads what tag_activation_checkpoint hands on, too" in reasons(ours.report)
+
+
+class Centred(nn.Module):
+    """Hands on a value made with a running mean, which it then changes: recomputed it would be another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(torch.sin) for _ in range(4))
+        self.register_buffer("mean", torch.rand(H))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def run(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            y = layer(x)
+            z = y - self.mean.clone()
+            with torch.no_grad():
+                self.mean.lerp_(y.detach().mean((0, 1)), 0.5)
+            return z
+
+        for layer in self.layers:
+            x = plain_checkpoint(run, layer, x)
+        return x.cumsum(1).square().mean()
+
+
+def test_what_changes_in_place_keeps_blocks_apart() -> None:
+    """Compared with blocks apart: a buffer changed in a checkpointed block changes twice in eager."""
+    found = []
+    for size in (1, 2):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, inputs = Centred(), tokens(True)
+        options = {**JOINED, "mst.checkpoint_layers": size}
+        torch.compile(model, backend="mst", options=options)(**inputs).backward()
+        found.append([inputs["x"].grad, model.mean, *(p.grad for p in model.parameters())])
+    assert "reads a value that changes in place" in reasons(mst_fx.reports()[-1])
+    for apart, joined in zip(*found, strict=True):
+        torch.testing.assert_close(apart, joined, rtol=0, atol=0)
 
 
 class TwoTowers(Layers):
