@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,9 @@ def test_models_are_exact(name: str) -> None:
     assert "checkpointed blocks are recomputed in" in reasons(ours.report)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("size", [2, 3, 9])
+@pytest.mark.parametrize(
+    ("size", "share"), slow_but([(2, True), (3, False)], itertools.product([2, 3, 9], [True, False]))
+)
 def test_same_bits_as_apart(size: int, share: bool) -> None:
     """Five layers, so that one group is smaller than the others."""
     model, inputs, found = Layers(torch.sin, 5, plain_checkpoint), tokens(True), []
