@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mst_fx.bench.questions import Cell, Question, run_cell, too_much
+from mst_fx.bench.questions import CHECKPOINTED_MODELS, Cell, Question, run_cell, too_much
 from mst_fx.bench.works import check_sizes
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,10 +171,8 @@ MEASUREMENTS: dict[str, Turns | Cells | Script] = {
     "llama-16k-checkpointing": Cells(
         "llama", "float32", ("inductor", "mst"), {"seq_len": 16384, **CHECKPOINTING}, steps=0
     ),
-    "llama-deep": Turns("llama", "float32", ("mst+checkpoint", "mst+checkpoint by 2"), {"seq_len": 2048, **DEEP}),
-    "llama-deep-peak": Cells(
-        "llama", "float32", ("mst+checkpoint", "mst+checkpoint by 2"), {"seq_len": 8192, **DEEP}, steps=0
-    ),
+    "llama-deep": Turns("llama", "float32", CHECKPOINTED_MODELS, {"seq_len": 2048, **DEEP}),
+    "llama-deep-peak": Cells("llama", "float32", CHECKPOINTED_MODELS, {"seq_len": 8192, **DEEP}, steps=0),
     "llama-256": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 256}),
     "llama-512": Turns("llama", "float32", ("inductor", "mst"), {"seq_len": 512}),
     "llama-compile": Cells("llama", "float32", ("inductor", "mst"), {"layers": 8}, rounds=3, steps=0, warm=7),

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from mst_fx.effects import changed_storages
-from mst_fx.graph import CHECKPOINT, fake, needs_grad, source_of, storages
+from mst_fx.graph import CHECKPOINT, block_graph, fake, needs_grad, source_of, storages
 
 
 def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
@@ -32,7 +32,7 @@ def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
     changed = changed_storages(module.graph.nodes)
     for call in calls:
         open_group = groups[-1] if groups and len(groups[-1]) < size else None
-        reason = _reason_against(module, open_group[-1], call, changed) if open_group else None
+        reason = _reason_against(open_group[-1], call, changed) if open_group else None
         reasons += [reason] if reason else []
         if open_group and not reason:
             open_group.append(call)
@@ -49,7 +49,7 @@ def join_blocks(module: fx.GraphModule, size: int) -> tuple[bool, str]:
     return False, f"mst.checkpoint_layers={size}: no checkpointed blocks are joined, {why}"
 
 
-def _reason_against(module: fx.GraphModule, first: fx.Node, second: fx.Node, changed: set[int]) -> str | None:
+def _reason_against(first: fx.Node, second: fx.Node, changed: set[int]) -> str | None:
     """Return why two checkpointed blocks can't be one, None if they can; ``changed`` storages change in the graph."""
     between = itertools.takewhile(lambda n: n is not second, _after(first))
     other = next((n for n in between if n.op != "get_attr" and n not in first.users), None)
@@ -70,7 +70,7 @@ def _reason_against(module: fx.GraphModule, first: fx.Node, second: fx.Node, cha
         return f"{first.name} or {second.name} reads a value that changes in place"
     if first.kwargs != second.kwargs:
         return f"{first.name} and {second.name} are checkpointed with different arguments"
-    if any(_block(module, call).meta for call in (first, second)):
+    if any(_block(call).meta for call in (first, second)):
         return f"{first.name} or {second.name} has a policy of what to recompute"
     given, results = [*first.args, *second.args], [*first.users, *second.users]
     if not all(isinstance(a, fx.Node) for a in given) or any(n.target is not operator.getitem for n in results):
@@ -84,40 +84,38 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _block(module: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
-    return getattr(module, call.args[0].target)  # pyright: ignore
+def _block(call: fx.Node) -> fx.GraphModule:
+    return block_graph(call.args[0])  # pyright: ignore
 
 
 def _join(module: fx.GraphModule, calls: Sequence[fx.Node]) -> None:
     """Replace blocks that follow each other by one that is called in the place of the last."""
-    own = {g: (call, g.args[1]) for call in calls for g in call.users}
+    own = {g for call in calls for g in call.users}
     graph, root = fx.Graph(), torch.nn.Module()
-    known: dict[Any, Any] = {}
+    copies: dict[Any, Any] = {}
     for call in calls:
-        for holder, value in zip(_holders(_block(module, call)), call.args[1:], strict=True):
-            if value not in own and value not in known:
-                known[value] = graph.placeholder(holder.target)
-                known[value].target = known[value].name  # two blocks may call different values by one name
-                known[value].meta = {**holder.meta}
-    results: dict[fx.Node, Sequence[Any]] = {}
+        for holder, value in zip(_holders(_block(call)), call.args[1:], strict=True):
+            if value not in own and value not in copies:
+                copies[value] = graph.placeholder(holder.target)
+                copies[value].target = copies[value].name  # two blocks may call different values by one name
+                copies[value].meta = {**holder.meta}
+    outside = list(copies)
     for call in calls:
-        given = [results[own[v][0]][own[v][1]] if v in own else known[v] for v in call.args[1:]]
-        results[call] = _copy_into(graph, root, _block(module, call), given)
-    returned = [g for g in own if any(u not in calls for u in g.users)]
-    graph.output(tuple(results[call][i] for call, i in (own[g] for g in returned)))
+        results = _copy_into(graph, root, _block(call), [copies[v] for v in call.args[1:]])
+        copies |= {g: results[g.args[1]] for g in call.users}  # pyright: ignore
+    returned = [g for call in calls for g in call.users if any(u not in calls for u in g.users)]
+    graph.output(tuple(copies[g] for g in returned))
     targets = [str(call.args[0].target) for call in calls]  # pyright: ignore
     target = f"{targets[0]}_to_{targets[-1]}"
     setattr(module, target, fx.GraphModule(root, graph))
-    with module.graph.inserting_after(calls[-1]):
+    with module.graph.inserting_before(calls[-1].next):
         place = module.graph.get_attr(target)
-    with module.graph.inserting_after(place):
-        place = joined = module.graph.call_function(CHECKPOINT, (place, *known), calls[0].kwargs)
-    joined.meta = {**calls[0].meta, "example_value": tuple(fake(g) for g in returned)}
-    for i, old in enumerate(returned):
-        with module.graph.inserting_after(place):
-            place = module.graph.call_function(operator.getitem, (joined, i))
-        place.meta = {**old.meta}
-        old.replace_all_uses_with(place, delete_user_cb=lambda user: user not in calls)
+        joined = module.graph.call_function(CHECKPOINT, (place, *outside), calls[0].kwargs)
+        joined.meta = {**calls[0].meta, "example_value": tuple(fake(g) for g in returned)}
+        for i, old in enumerate(returned):
+            new = module.graph.call_function(operator.getitem, (joined, i))
+            new.meta = {**old.meta}
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in calls)
     for node in reversed([n for call in calls for n in (call.args[0], call, *call.users)]):
         module.graph.erase_node(node)
     used = {n.target for n in module.graph.nodes if n.op == "get_attr"}

@@ -64,6 +64,12 @@ _NAMESPACES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def block_graph(node: fx.Node) -> fx.GraphModule | None:
+    """Return the graph that a node of another one holds, as the first argument of a checkpointed block's call does."""
+    found = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    return found if isinstance(found, fx.GraphModule) else None
+
+
 def node_name(node: fx.Node) -> str:
     """Return the name of torch's or Python's own that a node calls: "sum" for ``x.sum()`` and ``torch.sum(x)`` alike.
 

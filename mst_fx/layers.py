@@ -33,6 +33,7 @@ from mst_fx.effects import gradients_flow, is_in_place
 from mst_fx.graph import (
     CHECKPOINT,
     autocast_dtypes,
+    block_graph,
     default_autocast_dtypes,
     dtypes_now,
     fake,
@@ -124,19 +125,13 @@ def _written(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Any) 
 
 def _block(node: fx.Node) -> tuple[Any, ...] | None:
     """Write down the graph of a checkpointed block; None for any other node."""
-    inner = _block_graph(node)
+    inner = block_graph(node)
     if inner is None:
         return None
     *nodes, output = inner.graph.nodes
     holders = [n for n in nodes if n.op == "placeholder"]
     results = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)  # a hook's: one node
     return _written(holders, [n for n in nodes if n.op != "placeholder"], results)
-
-
-def _block_graph(node: fx.Node) -> fx.GraphModule | None:
-    module = node.graph.owning_module
-    found = getattr(module, str(node.target), None) if node.op == "get_attr" else None
-    return found if isinstance(found, fx.GraphModule) else None
 
 
 def share_layers(module: fx.GraphModule) -> int:
@@ -244,7 +239,7 @@ def _shapes(nodes: Sequence[fx.Node]) -> list[int]:
 
 
 def _is_chunked(node: fx.Node) -> bool:
-    inner = _block_graph(node.args[0]) if node.target is CHECKPOINT else None  # pyright: ignore[reportArgumentType]
+    inner = block_graph(node.args[0]) if node.target is CHECKPOINT else None  # pyright: ignore[reportArgumentType]
     ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mst_fx"
     return ours or (inner is not None and any(map(_is_chunked, inner.graph.nodes)))
 
@@ -325,7 +320,7 @@ def _switches(node: fx.Node) -> bool:
 def _reason_within(nodes: Sequence[fx.Node], mode: Any) -> str | None:
     """Run nodes on their fake inputs and return what in them keeps a graph of theirs from being shared."""
     for node in nodes:
-        inner = _block_graph(node)
+        inner = block_graph(node)
         if inner is not None:
             if "_checkpoint_context_fn" in inner.meta:
                 return f"{node.name} has a policy of what to recompute"
