@@ -121,6 +121,8 @@ class Backward:
     """Chunked input -> output that holds its rows' gradient. Inputs without a gradient are absent."""
     shared: dict[int, tuple[Term, ...]]
     """Shared input (counted from 0) -> the terms of its gradient."""
+    differentiable: tuple[int, ...]
+    """The body's outputs that a tangent comes to, in the tangents' order; empty for a sum, which takes none."""
     example_inputs: Sequence[Any] = field(repr=False, default=())
 
 
@@ -130,12 +132,16 @@ def trace_forward(body: Body, rows: int) -> tuple[fx.GraphModule, list[Any]]:
     return _trace(lambda *xs: body.graph(*xs), inputs), inputs
 
 
-def trace_backward(body: Body, rows: int) -> Backward:
-    """Trace the gradients of the outputs with respect to the inputs that need them."""
+def trace_backward(body: Body, rows: int) -> Backward | None:
+    """Trace the gradients of the outputs with respect to the inputs that need them; None where there are none."""
+    if not body.needs:
+        return None
     inputs = symbolic_inputs(body, rows)
-    with _made_fake(inputs), torch.no_grad():
-        outs = [o for o in body.graph(*inputs)]
-    differentiable = _differentiable(body, inputs)
+    with _made_fake(inputs):
+        _, outs = _run_with_grad(body, inputs)
+    differentiable = tuple(i for i, o in enumerate(outs) if o.requires_grad)
+    if not differentiable:
+        return None
     # The loop hands rows over contiguous, however the forward lays its results out.
     tangents = [torch.empty_like(outs[i], memory_format=torch.contiguous_format) for i in differentiable]
 
@@ -144,7 +150,8 @@ def trace_backward(body: Body, rows: int) -> Backward:
         leaves, results = _run_with_grad(body, xs)
         return list(torch.autograd.grad([results[i] for i in differentiable], leaves, list(ts), allow_unused=True))
 
-    return _peel(body, _trace(gradients, [*inputs, *tangents]), [*inputs, *tangents], leading=0)
+    graph = _trace(gradients, [*inputs, *tangents])
+    return _peel(body, graph, [*inputs, *tangents], leading=0, differentiable=differentiable)
 
 
 def trace_sum(body: Body, rows: int) -> Backward:
@@ -166,7 +173,7 @@ def trace_sum(body: Body, rows: int) -> Backward:
         return [total.detach(), *(o.detach() for o in others), *gradients]
 
     graph = _trace(total_and_gradients, inputs)
-    return _peel(body, graph, inputs, leading=1 + extras[0])
+    return _peel(body, graph, inputs, leading=1 + extras[0], differentiable=())
 
 
 def _run_with_grad(body: Body, xs: Sequence[Any]) -> tuple[list[Any], Any]:
@@ -181,19 +188,8 @@ def _made_fake(inputs: Sequence[Any]) -> Iterator[None]:
     """Run on fakes what makes tensors of its own: a real ``arange`` would fix the symbolic rows."""
     mode = fake_mode_of(inputs)
     assert mode is not None
-    with mode, no_autocast(inputs), symbolic_sizes():
+    with mode, no_autocast(inputs), symbolic_sizes(inputs):
         yield
-
-
-def _differentiable(body: Body, inputs: Sequence[Any]) -> list[int]:
-    with _made_fake(inputs):
-        _, outs = _run_with_grad(body, inputs)
-    return [i for i, o in enumerate(outs) if o.requires_grad]
-
-
-def differentiable_outputs(body: Body) -> list[int]:
-    """Return the positions of the outputs that depend on an input that needs a gradient."""
-    return _differentiable(body, symbolic_inputs(body, 8))
 
 
 def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
@@ -212,7 +208,9 @@ def _trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
 # -- peeling -----------------------------------------------------------------------------------------
 
 
-def _peel(body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int) -> Backward:
+def _peel(
+    body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int, differentiable: tuple[int, ...]
+) -> Backward:
     output = next(n for n in graph.graph.nodes if n.op == "output")
     results = list(output.args[0])
     kept: list[fx.Node] = results[:leading]
@@ -237,7 +235,7 @@ def _peel(body: Body, graph: fx.GraphModule, inputs: Sequence[Any], leading: int
     output.args = (tuple(kept),)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Backward(graph, chunked, shared, inputs)
+    return Backward(graph, chunked, shared, differentiable, inputs)
 
 
 def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[list[fx.Node], Any, Any]]:

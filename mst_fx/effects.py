@@ -264,7 +264,7 @@ def _watch(node: fx.Node, values: list[torch.Tensor]) -> set[int]:
 
     try:
         args, kwargs = fx.map_arg((node.args, node.kwargs), view)
-        with mode, torch.no_grad(), symbolic_sizes(), _Writes() as watch:
+        with mode, torch.no_grad(), symbolic_sizes(args, kwargs), _Writes() as watch:
             node.target(*args, **kwargs)  # pyright: ignore
     except Exception:
         return any_of_them
@@ -302,7 +302,8 @@ def differentiates_itself(node: fx.Node, fake_mode: Any) -> bool:
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), leaf)
     try:
-        with fake_mode, torch.inference_mode(False), torch.enable_grad(), symbolic_sizes(), _GradModes() as watch:
+        symbolic = symbolic_sizes(args, kwargs)
+        with fake_mode, torch.inference_mode(False), torch.enable_grad(), symbolic, _GradModes() as watch:
             out = target(*args, **kwargs)
     except Exception:
         return True

@@ -93,7 +93,7 @@ def called_name(node: fx.Node) -> str:
 def run_on_fakes(node: fx.Node, fake_mode: Any) -> Any:
     """Run one node on the fake values of its inputs; what replaces a value without gradient has none either."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
-    with fake_mode, torch.enable_grad(), torch.inference_mode(False), symbolic_sizes():
+    with fake_mode, torch.enable_grad(), torch.inference_mode(False), symbolic_sizes(args, kwargs):
         value: Any = (
             getattr(args[0], str(node.target))(*args[1:], **kwargs)
             if node.op == "call_method"

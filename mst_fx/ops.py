@@ -44,7 +44,6 @@ class CompiledBody:
     shared: tuple[InputSpec, ...]
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     """Per output, the shape of one row and the dtype."""
-    differentiable: tuple[int, ...]
     forward: Callable[..., Any] | None
     backward: Callable[..., Any] | None
     plan: Backward | None
@@ -56,6 +55,11 @@ class CompiledBody:
     adder: Adder = add
     graph: fx.GraphModule | None = None
     """The forward as it was traced, for estimates; None in one that has none."""
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the outputs through which gradients go, of a map."""
+        return self.plan.differentiable if self.plan else ()
 
 
 BODIES: dict[str, CompiledBody] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Body, differentiable_outputs, trace_backward, trace_forward, trace_sum
+from mst_fx.body import Body, trace_backward, trace_forward, trace_sum
 from mst_fx.context import Context
 from mst_fx.extended import add, adder
 from mst_fx.graph import fake, fake_tensor, module_path, size_hint, tensors_in
@@ -143,15 +143,12 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
     try:
         traced, inputs = trace_forward(body, rows)
         outputs = _output_metas(traced)
-        differentiable = tuple(differentiable_outputs(body)) if body.needs else ()
-        forward = backward = None
+        forward = compiled = None
         if op == "sum":
             backward = trace_sum(body, rows)
         else:
             forward = compile_body(traced, inputs, config.compiler, options)
-            if differentiable:
-                backward = trace_backward(body, rows)
-        compiled = None
+            backward = trace_backward(body, rows)
         if backward is not None:
             compiled = compile_body(backward.graph, backward.example_inputs, config.compiler, options)
         trained = [s for s in body.shared if s.needs_grad and backward is not None]
@@ -163,8 +160,8 @@ def compile_region(body: Body, op: str, plan: ChunkPlan, context: Context) -> st
         ) from e
     weight = body.weight if op == "sum" and _rounds_less(body, config.accumulate) else None
     BODIES[name] = CompiledBody(
-        body.chunked, body.shared, outputs, differentiable, forward, compiled, backward, config.accumulate,
-        body.tells_ignored, weight, adds, traced,
+        body.chunked, body.shared, outputs, forward, compiled, backward, config.accumulate, body.tells_ignored,
+        weight, adds, traced,
     )  # fmt: skip
     _CODE[name] = context.bodies[name] = BodyCode(
         name, body_code(traced), body_code(backward.graph) if backward else ""

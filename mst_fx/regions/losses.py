@@ -165,7 +165,7 @@ def per_token_loss(b: RowBuilder, call: LossCall, fake_mode: Any) -> Row:
     options: dict[str, Any] = {"weight": weight, "ignore_index": call.ignore_index, "reduction": "none"}
     if call.function is F.cross_entropy:
         options["label_smoothing"] = call.label_smoothing
-    with fake_mode, recording(b), symbolic_sizes():
+    with fake_mode, recording(b), symbolic_sizes(rows, row_labels):
         value = _soft_loss(call, rows, row_labels, weight) if call.soft else call.function(rows, row_labels, **options)
     result = b.row(value)
     assert result is not None
@@ -205,7 +205,7 @@ def _elements(b: RowBuilder, node: fx.Node, fake_mode: Any) -> torch.Tensor:
     given = _ELEMENTS[node.target].bind(*args, **kwargs).arguments  # pyright: ignore
     for name in ("size_average", "reduce"):
         given.pop(name, None)
-    with fake_mode, recording(b), symbolic_sizes():
+    with fake_mode, recording(b), symbolic_sizes(given):
         return node.target(**{**given, "reduction": "none"})  # pyright: ignore[reportCallIssue]
 
 

@@ -211,9 +211,8 @@ def _body(function: ModuleRows, chunked: tuple[InputSpec, ...], shared: tuple[In
         seeded = any(n.op == "placeholder" and n.users for n in list(traced.graph.nodes)[len(body.inputs) :])
         body = replace(body, has_seed=seeded, graph=replace(function, seeded=seeded))
         code = [traced.code, *_constants(traced)]
-        if body.needs:
-            backward = trace_backward(body, ROWS).graph
-            code += [backward.code, *_constants(backward)]
+        if backward := trace_backward(body, ROWS):
+            code += [backward.graph.code, *_constants(backward.graph)]
     except MixesTokensError:
         raise
     except Exception as e:

@@ -134,7 +134,7 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any, tracer: type[Ro
         raise MixesTokensError("switches gradients off, or has a gradient of its own, where Dynamo does not look")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
-    with fake_mode, recording(builder, tracer), symbolic_sizes():
+    with fake_mode, recording(builder, tracer), symbolic_sizes(args, kwargs):
         if special is not None:
             return special(builder, *args, **kwargs)
         if node.op == "call_method":
@@ -224,7 +224,7 @@ class _GraphRecorder:
         tensors = (v for v in values if isinstance(v, torch.Tensor))
         for i, (value, kind) in enumerate(zip(tensors, kinds, strict=True)):
             self.builder.bind(value, Row(kind, self.builder.placeholder(f"row_{i}")))
-        with self.fake_mode, recording(self.builder), symbolic_sizes():
+        with self.fake_mode, recording(self.builder), symbolic_sizes(values):
             interpreter = fx.Interpreter(module)
             interpreter.extra_traceback = False  # the reason is for people: it needs no graph in it
             results = interpreter.run(*values)
