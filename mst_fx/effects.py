@@ -302,8 +302,10 @@ def differentiates_itself(node: fx.Node, fake_mode: Any) -> bool:
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), leaf)
     try:
-        symbolic = symbolic_sizes(args, kwargs)
-        with fake_mode, torch.inference_mode(False), torch.enable_grad(), symbolic, _GradModes() as watch:
+        with (
+            fake_mode, torch.inference_mode(False), torch.enable_grad(), symbolic_sizes(args, kwargs),
+            _GradModes() as watch,
+        ):  # fmt: skip
             out = target(*args, **kwargs)
     except Exception:
         return True

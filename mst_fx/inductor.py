@@ -40,6 +40,7 @@ from torch._inductor.ir import FallbackKernel, InvokeSubgraph
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
@@ -122,19 +123,16 @@ def writes_not_looked_for() -> Iterator[None]:
         yield
 
 
-def symbolic_sizes(*given: Any) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def symbolic_sizes(*given: Any) -> Iterator[None]:
     """Let composite ops run on symbolic sizes: torch 2.11's C++ ones ask for integers, which would fix the length.
 
     Where nothing given has any they are left to C++, which is several times faster.
     """
-    symbolic = any(map(_is_symbolic, pytree.tree_leaves(given)))
-    return enable_python_dispatcher() if symbolic else contextlib.nullcontext()
-
-
-def _is_symbolic(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value._has_symbolic_sizes_strides  # pyright: ignore[reportAttributeAccessIssue]
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    leaves = pytree.tree_leaves(given)
+    symbolic = any(isinstance(v, py_sym_types) or getattr(v, "_has_symbolic_sizes_strides", False) for v in leaves)
+    with enable_python_dispatcher() if symbolic else contextlib.nullcontext():  # on as soon as it is made
+        yield
 
 
 @contextlib.contextmanager
