@@ -21,7 +21,7 @@ from mst_fx.effects import mutated_storages
 from mst_fx.graph import fake_tensor, ndim, storages
 from mst_fx.regions.ignored import with_ignored_tokens
 from mst_fx.regions.lift import Lifted, Output, finish_lift
-from mst_fx.regions.losses import LossCall, ValueSum, count, is_divided, none_counts, sum_dtype
+from mst_fx.regions.losses import LossCall, ValueSum, count, is_divided, none_counts, read_by_count, sum_dtype
 from mst_fx.regions.region import region_key
 from mst_fx.regions.rewrite import erase_dead, find_place, size_of, token_count
 from mst_fx.regions.tail import Scalar, Step, Tail, Term, find_scalar
@@ -44,6 +44,8 @@ def sum_lifted(lifted: Lifted, fake_mode: Any) -> Lifted | None:
     region = lifted.region
     if scalar is None or _changed(scalar, lifted.outputs, region.module.graph):
         return None
+    if any(n in region.nodes for o in (*lifted.outputs, *tail.totals.values()) for n in read_by_count(o.total)):
+        return None  # labels made of the logits: how many count is known when all are there
     known = {o.node: o for o in lifted.outputs} | tail.totals
     graph, nodes = region.module.graph, list(region.nodes)
     before = set(graph.nodes)

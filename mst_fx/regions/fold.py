@@ -25,21 +25,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from mst_fx.effects import draws, is_in_place
 from mst_fx.graph import (
     fake,
     fake_tensor,
-    is_autocast_switch,
     is_layout,
     is_parameter_like,
     node_name,
     tensors_in,
 )
 from mst_fx.inductor import is_plain_fake
-from mst_fx.regions.projections import read_projection
+from mst_fx.regions.producers import may_join
 from mst_fx.rowform.rows import same_shape
 
 MOST_NODES = 40
@@ -143,11 +140,7 @@ class _Surroundings:
         return bool(self.outer) and any(u.op == "output" for u in node.users)
 
     def _may_join(self, node: fx.Node) -> bool:
-        if node.op not in ("call_function", "call_method") or is_autocast_switch(node) or is_in_place(node):
-            return False
-        if isinstance(node.target, torch._ops.HigherOrderOperator | torch._ops.OpOverload):
-            return False
-        return _is_plain(node) and read_projection(node, self.outer) is None and not draws(node)
+        return may_join(node, self.outer) and _is_plain(node)
 
     def _is_shared(self, node: fx.Node) -> bool:
         return not tensors_in(fake(node)) or is_parameter_like(node, self.outer)

@@ -17,21 +17,19 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, InputSpec
-from mst_fx.effects import change_after, communicates, is_in_place
+from mst_fx.effects import is_in_place
 from mst_fx.graph import (
     fake,
     fake_tensor,
     grad_states,
     is_autocast_switch,
     is_differentiable,
-    is_layout,
-    is_parameter_like,
     needs_grad,
     records_gradients,
-    storages,
     walking,
 )
-from mst_fx.regions.losses import Total, per_token, read_total
+from mst_fx.regions.losses import Total, per_token, read_by_count, read_total
+from mst_fx.regions.producers import Producers, dequantisation, narrower
 from mst_fx.regions.projections import read_projection
 from mst_fx.regions.region import Region, bind_results
 from mst_fx.report import Mismatch
@@ -78,6 +76,13 @@ class Input:
     live_in: LiveIn
     spec: InputSpec
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is a whole value of the tokens, of more than a number each, that no gradient goes to."""
+        whole = len(self.live_in.shape) == self.live_in.tensor.ndim
+        whole = whole and all(map(same_size, self.live_in.shape, self.live_in.tensor.shape))
+        return whole and not self.spec.needs_grad and any(s != 1 for s in self.spec.shape)
+
 
 @dataclass
 class Lifted:
@@ -109,8 +114,8 @@ class Lifted:
 class Lifter:
     """Records a region's nodes into one row-form graph."""
 
-    def __init__(self, region: Region, fake_mode: Any) -> None:
-        self.region, self.fake_mode = region, fake_mode
+    def __init__(self, region: Region, fake_mode: Any, beside: Producers | None = None) -> None:
+        self.region, self.fake_mode, self.beside = region, fake_mode, beside or Producers()
         self.builder = RowBuilder()
         self.outer: dict[int, fx.Node] = {}
         self.rows: dict[fx.Node, Row] = {}
@@ -125,50 +130,22 @@ class Lifter:
         members = set(self.region.nodes)
         projections = (read_projection(n, self.region.outer) for n in members)
         weights = {p.weight for p in projections if p is not None} - members
-        absorbed = {n for w in weights for n in self._dequantisation(w)}
+        absorbed = {n for w in weights for n in dequantisation(w, self.region.outer)} | self.beside.nodes
         self.region.absorbed = [n for n in self.region.module.graph.nodes if n in absorbed]
         entry = fake_tensor(self.region.fold.entry)
         if entry is not None:
             self.builder.bind(entry, self.builder.chunked(entry, self.region.fold.kinds))
+        for leaf, kinds in self.beside.leaves.items():
+            value = fake_tensor(leaf)
+            if value is not None and self.builder.lookup(value) is None:
+                self.builder.bind(value, self.builder.chunked(value, kinds))
+                self.outer.setdefault(id(value), leaf)
         with walking(self.region.module) as nodes:
             for node in nodes:
                 if node in absorbed:
                     self._absorb(node, absorbed)
                 elif node in members:
                     self.record_node(node, members)
-
-    def _dequantisation(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that compute a frozen weight from something smaller; none for any other value."""
-        value = fake_tensor(node)
-        if value is None or value.requires_grad or not value.is_floating_point():
-            return []
-        if node.op in ("placeholder", "get_attr") or not is_parameter_like(node, self.region.outer):
-            return []
-        chain: list[fx.Node] = []
-        roots: dict[int, int] = {}
-        stack = [node]
-        while stack and len(chain) < 64:
-            current = stack.pop()
-            known = fake_tensor(current)
-            if current in chain:
-                continue
-            if current.op in ("placeholder", "get_attr"):
-                if known is None or known.requires_grad:
-                    return []
-                roots[id(current)] = known.numel() * known.dtype.itemsize
-                continue
-            if is_in_place(current) or isinstance(current.target, torch._ops.HigherOrderOperator):
-                return []
-            if communicates(current):
-                return []  # once per chunk would be more often than other ranks do
-            chain.append(current)
-            stack += current.all_input_nodes
-        held = set().union(*(storages(n) for c in chain for n in (c, *c.all_input_nodes)))
-        first = next((n for n in self.region.module.graph.nodes if n in chain), None)
-        if first is not None and change_after(first, held):
-            return []  # read in the loop, it would be what it is by then
-        smaller = roots and not stack and sum(roots.values()) <= 0.75 * value.numel() * value.dtype.itemsize
-        return chain if smaller and not all(is_layout(n) for n in chain) else []
 
     def _absorb(self, node: fx.Node, absorbed: set[fx.Node]) -> None:
         self._note_inputs(node, absorbed)
@@ -219,6 +196,12 @@ class Lifter:
                 self.rows[node] = row
         return self.rows.get(node)
 
+    def row_of(self, node: fx.Node) -> Row:
+        """Return the row form of a value of the region."""
+        if node not in self.rows:
+            raise MixesTokensError(f"gives back `{node.name}`, which has no row per token")
+        return self.rows[node]
+
     def row_given_back(self, node: fx.Node) -> Row:
         """Return the row form of an output; detached where no gradient comes back, so that inputs get none by it."""
         row = self.rows[node]
@@ -261,11 +244,30 @@ class Lifter:
 
 
 def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
-    """Lift a region, or say why it can't be."""
-    lifter = Lifter(region, fake_mode)
+    """Lift a region, with what it reads that is better computed in the loop, or say why it can't be."""
+    lifted = _lift(region, fake_mode)
+    if isinstance(lifted, Mismatch):
+        return lifted
+    fed = {p.tokens for p in region.projections.values()} | {region.fold.entry}
+    wide = {i.node: i.live_in.kinds or () for i in lifted.chunked if i.is_wide and i.node not in fed}
+    beside = narrower(wide, set(region.nodes), region.outer) if wide else None
+    absorbed = region.absorbed
+    again = _lift(region, fake_mode, beside) if beside is not None else None
+    if isinstance(again, Lifted):
+        return again
+    region.absorbed = absorbed
+    return lifted
+
+
+def _lift(region: Region, fake_mode: Any, beside: Producers | None = None) -> Lifted | Mismatch:
+    lifter = Lifter(region, fake_mode, beside)
     try:
         lifter.record()
-        outputs = [Output(t, lifter.row_given_back(t), read_total(t)) for t in region.given_back()]
+        ends = [(t, read_total(t)) for t in region.given_back()]
+        outputs = [Output(t, lifter.row_given_back(t), total) for t, total in ends]
+        # What a mean divides by is counted behind the loop where the labels are made of the logits.
+        inside = {n for _, total in ends for n in read_by_count(total) if n in region.nodes}
+        outputs += [Output(n, lifter.row_of(n)) for n in inside.difference(t for t, _ in ends)]
         return finish_lift(lifter, outputs)
     except MixesTokensError as e:
         return Mismatch(f"not supported: {e}", region.source)

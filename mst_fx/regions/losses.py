@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import fx
 
 from mst_fx.graph import fake_tensor, node_name
 from mst_fx.inductor import symbolic_sizes
-from mst_fx.rowform.recorder import recording
+from mst_fx.rowform.recorder import recording, take_alike
 from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, aten, concrete, feature_shape, is_one
 
 Reduction = Literal["none", "sum", "mean"]
@@ -205,6 +205,7 @@ def _elements(b: RowBuilder, node: fx.Node, fake_mode: Any) -> torch.Tensor:
     given = _ELEMENTS[node.target].bind(*args, **kwargs).arguments  # pyright: ignore
     for name in ("size_average", "reduce"):
         given.pop(name, None)
+    take_alike(b, given.values())
     with fake_mode, recording(b), symbolic_sizes(given):
         return node.target(**{**given, "reduction": "none"})  # pyright: ignore[reportCallIssue]
 
@@ -228,6 +229,11 @@ def read_by_count(total: Total | None) -> list[fx.Node]:
     if not isinstance(total, LossCall) or not is_divided(total) or total.soft:
         return []
     return [n for n in (total.labels, total.weight) if isinstance(n, fx.Node)]
+
+
+def with_labels(total: Total, given: Mapping[fx.Node, fx.Node]) -> Total:
+    """Return the total with labels that a region gave back in the place of those it computed from its logits."""
+    return replace(total, labels=given.get(total.labels, total.labels)) if isinstance(total, LossCall) else total
 
 
 def count(graph: fx.Graph, total: Total, tokens: Callable[[], Any], size: Callable[[Any], Any]) -> Any:

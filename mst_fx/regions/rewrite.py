@@ -10,7 +10,7 @@ values that nothing but their inputs decides.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from mst_fx.graph import (
 )
 from mst_fx.inductor import is_plain_fake
 from mst_fx.regions.lift import Input, Lifted, Output
-from mst_fx.regions.losses import LossCall, count, none_counts, read_by_count, sum_dtype
+from mst_fx.regions.losses import LossCall, count, none_counts, read_by_count, sum_dtype, with_labels
 from mst_fx.regions.region import Region, module_stack, region_key
 from mst_fx.regions.strides import laid_out, strides_matter
 from mst_fx.report import Mismatch
@@ -154,7 +154,9 @@ def _changing_while_pending(lifted: Lifted, sources: set[fx.Node], place: fx.Nod
 
 def _sources(lifted: Lifted) -> set[fx.Node]:
     """Return every node the inserted op and what surrounds it reads."""
-    extra = [n for o in lifted.outputs for n in (*read_by_count(o.total), *o.offsets) if isinstance(n, fx.Node)]
+    given = {o.node for o in lifted.outputs}
+    reads = (n for o in lifted.outputs for n in (*read_by_count(o.total), *o.offsets) if isinstance(n, fx.Node))
+    extra = [n for n in reads if n not in given]
     return {i.node for i in [*lifted.chunked, *lifted.placeholders.values()]}.union(extra)
 
 
@@ -224,9 +226,12 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
         if lifted.body.has_seed:
             seed = graph.call_function(torch.randint, (2**62, ()), {"device": "cpu"})
         call = graph.call_function(OPS[op], (rows, shared, seed, body, chunk_tokens))
-        for i, output in enumerate(lifted.outputs):
+        given: dict[fx.Node, fx.Node] = {}
+        # A mean may divide by the number of labels that the loop gives back.
+        for i, output in sorted(enumerate(lifted.outputs), key=lambda pair: pair[1].reduced):
             value = graph.call_function(operator.getitem, (call, i))
-            new = _give_back(graph, lifted, output, value, summed=op == "sum" and i == 0)
+            new = _give_back(graph, lifted, output, value, given, summed=op == "sum" and i == 0)
+            given[output.node] = new
             new.meta.update({k: v for k, v in output.node.meta.items() if k == "stack_trace"})
             # Regions found before read the new value where they read the old one.
             new.meta["mst_replaces"] = new.meta["example_value"] = fake_tensor(output.node)
@@ -298,19 +303,21 @@ def _hoist(graph: fx.Graph, lifted: Lifted) -> list[fx.Node]:
     return [place(n) for n in lifted.hoisted]
 
 
-def _give_back(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, summed: bool) -> fx.Node:
+def _give_back(
+    graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, given: Mapping[fx.Node, fx.Node], summed: bool
+) -> fx.Node:
     """Turn rows into the shape the readers expect, or per-token values into the scalar they sum up to."""
     old = fake_tensor(output.node)
     assert old is not None
     if not output.reduced:
         return _unflatten(graph, lifted, output, value, old)
     assert output.total is not None
-    wide = sum_dtype(old.dtype)
+    wide, reduced = sum_dtype(old.dtype), with_labels(output.total, given)
     total = value if summed else graph.call_method("sum", (value,), {"dtype": wide})
-    divisor = count(graph, output.total, lambda: token_count(graph, lifted), lambda s: size_of(graph, s))
+    divisor = count(graph, reduced, lambda: token_count(graph, lifted), lambda s: size_of(graph, s))
     if divisor is not None:
-        if isinstance(output.total, LossCall) and not output.total.soft:
-            total = _divided(graph, total, divisor, none_counts(graph, output.total, divisor))
+        if isinstance(reduced, LossCall) and not reduced.soft:
+            total = _divided(graph, total, divisor, none_counts(graph, reduced, divisor))
         else:
             total = graph.call_function(torch.div, (total, divisor))
     for offset in output.offsets:

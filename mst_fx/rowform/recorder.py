@@ -8,7 +8,7 @@ autocast's casts, visible to the dispatcher, are part of what is recorded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from mst_fx.graph import OWN_BACKWARD
 from mst_fx.inductor import symbolic_sizes
 from mst_fx.rowform import random
 from mst_fx.rowform.custom import row_function
-from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, Shared, aten, same_size
+from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, Shared, aten, same_shape, same_size
 from mst_fx.rowform.rules import find_rule
 
 
@@ -134,12 +134,29 @@ def run_node(builder: RowBuilder, node: fx.Node, fake_mode: Any, tracer: type[Ro
         raise MixesTokensError("switches gradients off, or has a gradient of its own, where Dynamo does not look")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     special = _SPECIAL.get(node.target)
+    if node.target in _READS_TARGET_FIRST:
+        take_alike(builder, [*args, *kwargs.values()])
     with fake_mode, recording(builder, tracer), symbolic_sizes(args, kwargs):
         if special is not None:
             return special(builder, *args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+_READS_TARGET_FIRST = {F.kl_div, F.poisson_nll_loss}
+
+
+def take_alike(builder: RowBuilder, values: Iterable[Any]) -> None:
+    """Take what has the very shape of a value of the tokens as one too: a target that a loss first computes with alone.
+
+    Otherwise tensors from outside become rows where they meet one.
+    """
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    for known, row in [(v, r) for v in tensors if (r := builder.row(v)) is not None]:
+        for value in tensors:
+            if builder.lookup(value) is None and same_shape(value, known):
+                builder.bind(value, builder.chunked(value, row.kinds))
 
 
 def _dropout(builder: RowBuilder, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -170,7 +187,15 @@ def _take_along_dim(builder: RowBuilder, x: torch.Tensor, indices: torch.Tensor,
     return torch.gather(x, dim, indices)
 
 
+def _one_hot(builder: RowBuilder, x: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """Record it without the look at all tokens that their classes are in range, which only symbolic sizes bring."""
+    if num_classes < 1:
+        return F.one_hot(x, num_classes)
+    return x.unsqueeze(-1).eq(torch.arange(num_classes, dtype=x.dtype, device=x.device)).to(torch.int64)
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
+    F.one_hot: _one_hot,
     F.dropout: _dropout, torch.dropout: _dropout, torch.take_along_dim: _take_along_dim,
     "take_along_dim": _take_along_dim,
 }  # fmt: skip
