@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ import mst_fx
 from benchmarks.local_model import FAMILIES
 from mst_fx.cli import main
 from mst_fx.commands.models import UsageError
-from mst_fx.finetune import data
+from mst_fx.finetune import data, train
 from mst_fx.finetune.attention import choose_attention
 from mst_fx.finetune.data import find_source, pack, tokenized
-from tests.finetuning import command, history
+from tests.finetuning import FAST, command, history
 from tests.harness import chunked, error
 
 
@@ -42,6 +43,34 @@ def test_the_reference_command_as_printed(models, tmp_path, text, capfd):
     assert "mst: 3 of 3 regions chunked" in said
     report = mst_fx.reports()[0]
     assert (chunked(report, "mlp"), chunked(report, "loss")) == (2, 1)
+
+
+def test_rates_are_of_trained_tokens_and_of_training_alone(models, tmp_path, monkeypatch):
+    """A batch larger than the data is as large as the data; saving within a line's steps is no training."""
+    clock, trained = [0.0], []
+
+    def takes(name, seconds):
+        original = getattr(transformers.Trainer, name)
+
+        def run(*args, **kwargs):
+            clock[0] += seconds
+            trained.extend(given["input_ids"].numel() for given in args if isinstance(given, dict))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(transformers.Trainer, name, run)
+
+    takes("training_step", 0.25)
+    takes("save_model", 8)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    few = tmp_path / "few.txt"
+    few.write_text("A sentence that is said again. " * 40)
+    more = ["--per_device_train_batch_size", "64", "--save_steps", "1", "--logging_steps", "2", "--backend", "eager"]
+    argv = command(models("llama"), tmp_path, few, *more, "--bf16", "False", steps=4)
+    assert main([word for word in argv if word not in FAST]) == 0
+    assert len(trained) == 4
+    assert clock[0] >= 4 * 8
+    rates = [row["tokens_per_second"] for row in history(tmp_path) if "loss" in row]
+    assert rates == [sum(trained) / 4 / 0.25] * 2
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,28 +222,43 @@ def _is_finished(training: TrainingArguments, checkpoint: str) -> bool:
 
 
 class Finetuner(Trainer):
-    """Trainer whose log has tokens per second and peak memory."""
+    """Trainer whose log has tokens per second, of training alone, and peak memory."""
 
-    _since: tuple[int, float] | None = None
+    _began: float | None = None
+    """When the first step since the last line began; what else takes time is put behind it."""
+    _tokens = 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add both to a line that has a loss."""
-        now = time.perf_counter()
-        if "loss" in logs and self._since is not None:
-            step, began = self._since
-            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            steps = self.state.global_step - step
-            tokens = steps * rows * len(self.train_dataset[0]["input_ids"])  # pyright: ignore
-            logs["tokens_per_second"] = tokens / (now - began)
+        if "loss" in logs and self._began is not None:
+            logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._began)
             logs["peak_memory_gib"] = highest_memory(self.args.device.type) / GIB
-            self._since = (self.state.global_step, now)
+            self._began, self._tokens = None, 0
         super().log(logs, start_time)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Start the clock at the first step."""
-        if self._since is None:
-            self._since = (self.state.global_step, time.perf_counter())
-        return super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Count the step's tokens, those of the other ranks as many as here."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        self._tokens += inputs["input_ids"].numel() * self.args.world_size
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate while the clock stands."""
+        with self._untimed():
+            return super().evaluate(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save while the clock stands."""
+        with self._untimed():
+            super().save_model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _untimed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._began is not None:
+            self._began += time.perf_counter() - began
 
 
 class _SayWhatWasChunked(TrainerCallback):
