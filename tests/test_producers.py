@@ -193,3 +193,26 @@ def test_what_it_is_made_of_changes_later() -> None:
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
     assert chunked(mst_fx.reports()[-1], "loss") == 1
+
+
+def test_what_is_made_without_gradients_gets_none() -> None:
+    """A parameter that labels are made of under no_grad must not be trained by them in the loop."""
+
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head, self.scale = nn.Linear(H, V), nn.Parameter(torch.tensor([0.7]))
+            self.shift = nn.Parameter(torch.rand(V))
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                soft = F.one_hot(labels, V) * self.scale + self.shift + free[:, :1]
+            logits = self.head(x) * self.scale + free.sum(-1, keepdim=True)
+            return -(soft * logits.log_softmax(-1)).sum() / T
+
+    inputs = {"x": given()["x"], "labels": given()["labels"], "free": torch.randn(T, 4, requires_grad=True)}
+    run = check_exact(Made(), inputs)
+    assert chunked(run.report, "loss") == 1
+    run = check_exact(Made(), inputs, options={"mst.loss_gradient": "recompute"})
+    assert chunked(run.report, "loss") == 1

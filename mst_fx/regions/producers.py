@@ -123,7 +123,8 @@ def narrower(
             continue
         frontier.remove(node)
         only_here = all(u in members or u in taken for u in node.users)
-        trains = any(v.requires_grad for v in tensors_in(fake(node)))
+        # What is made of parameters under no_grad has no gradient here, and would get one in the loop.
+        trains = any(v.requires_grad for n in (node, *node.all_input_nodes) for v in tensors_in(fake(n)))
         joins = only_here and not trains and may_join(node, outer) and not communicates(node)
         if not joins or len(taken) == MOST_NODES:
             sources.add(node)
