@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from mst_fx.graph import called_name, fake, needs_grad, node_name, storages, tensors_in
+from mst_fx.graph import block_graph, called_name, fake, needs_grad, node_name, storages, tensors_in
 from mst_fx.inductor import fake_mode_of, storage_of, symbolic_sizes
 
 _OPERATORS = {
@@ -205,19 +205,9 @@ def communicates(node: fx.Node) -> bool:
 def _written_by_graphs(node: fx.Node) -> set[int]:
     """Return what a node changes by the graphs it calls, or by a kernel: all its tensors then, as which is not told."""
     changes = "mutation" in str(node.target) or "auto_functionalized" in str(node.target)
-    if not (changes or any(_writes_an_input(g) for g in _graphs(node))):
+    if not (changes or any(map(_writes_an_input, filter(None, map(block_graph, node.all_input_nodes))))):
         return set()
     return set().union(*(storages(n) for n in node.all_input_nodes))
-
-
-def _graphs(node: fx.Node) -> Iterator[fx.GraphModule]:
-    for given in node.all_input_nodes:
-        if given.op == "get_attr":
-            owner: Any = node.graph.owning_module
-            for part in str(given.target).split("."):
-                owner = getattr(owner, part, None)
-            if isinstance(owner, fx.GraphModule):
-                yield owner
 
 
 def _writes_an_input(module: fx.GraphModule) -> bool:

@@ -66,7 +66,10 @@ _NAMESPACES: dict[str, Any] = {
 
 def block_graph(node: fx.Node) -> fx.GraphModule | None:
     """Return the graph that a node of another one holds, as the first argument of a checkpointed block's call does."""
-    found = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    if node.op != "get_attr":
+        return None
+    path = str(node.target).split(".")
+    found = functools.reduce(lambda owner, part: getattr(owner, part, None), path, node.graph.owning_module)
     return found if isinstance(found, fx.GraphModule) else None
 
 

@@ -17,7 +17,17 @@ from mst_fx.config import Config, NothingChunkedError
 from mst_fx.context import Context, Graph
 from mst_fx.dynamo import breaks_so_far, graph_break, keep_source
 from mst_fx.effects import reshapes_in_place
-from mst_fx.graph import CHECKPOINT, OWN_BACKWARD, autocast_now, called_name, fake, fake_tensor, source_of, walking
+from mst_fx.graph import (
+    CHECKPOINT,
+    OWN_BACKWARD,
+    autocast_now,
+    block_graph,
+    called_name,
+    fake,
+    fake_tensor,
+    source_of,
+    walking,
+)
 from mst_fx.inductor import apart_from_autograd_settings, cpp_wrapper, fake_mode_of
 from mst_fx.lazy_logits import LogitsSpec
 from mst_fx.passes.causal_masks import causal_masks
@@ -230,7 +240,7 @@ def _notes(module: fx.GraphModule) -> list[str]:
     """Say where a loss sits in another graph than its logits, and which graphs within this one nobody may look into."""
     notes = []
     for node in module.graph.nodes:
-        inner = _unread_graph(module, node)
+        inner = _unread_graph(node)
         if inner is None or not any(widens(n) for n in inner.graph.nodes):
             pass
         elif node.target is OWN_BACKWARD:
@@ -275,10 +285,8 @@ def left_notes(reasons: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(_LEFT.format((reason.splitlines() or [""])[0]) for reason in reasons))
 
 
-def _unread_graph(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+def _unread_graph(node: fx.Node) -> fx.GraphModule | None:
     """Return the (forward) graph of a higher-order op, but for checkpointed blocks: those are rewritten too."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target is CHECKPOINT:
         return None
-    named = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-    graphs = [getattr(module, str(t), None) for t in named]
-    return next((g for g in graphs if isinstance(g, fx.GraphModule)), None)
+    return next(filter(None, (block_graph(a) for a in node.args if isinstance(a, fx.Node))), None)

@@ -1,5 +1,6 @@
 """Values that a loss reads but that are made of something smaller are computed in the loop, never kept in full."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_made_in_the_loop_with_symbolic_sizes(loss: Loss) -> None:
 
 def test_made_in_the_loop_by_inductor() -> None:
     check_exact(Headed(smoothing_by_hand), given(), compiler="inductor")
+
+
+class Returning(Headed):
+    """Returns its logits beside the loss, as Transformers' models do."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> Any:
+        logits = self.head(x)
+        return self.loss(logits, labels, teacher), logits
+
+
+@pytest.mark.parametrize("loss", [soft_labels, kl], ids=lambda f: f.__name__)
+def test_made_in_the_loop_beside_returned_logits(loss: Loss) -> None:
+    """Nothing of what made them stays in the graph, though the logits are lifted apart."""
+    run = check_exact(Returning(loss), given())
+    _, after = largest(run)
+    assert after.largest_bytes < LOGITS, after.largest
+    assert run.report is not None
+    assert re.search(r"- \w+: .* = (one_hot|softmax)\(", str(run.report.diff()))
 
 
 # -- labels that are made of the logits ------------------------------------------------------------------------------

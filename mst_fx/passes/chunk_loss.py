@@ -124,7 +124,7 @@ def _attempt(lifted: Lifted, graph: Graph, context: Context, several: set[int]) 
     elif context.config.logits != "keep":
         for value, head in logits:
             _defer_logits(value, head, graph, context)
-        erase_region(region)
+        erase_region(lifted)
     return report
 
 

@@ -31,12 +31,11 @@ from mst_fx.graph import (
     fake,
     fake_tensor,
     is_layout,
-    is_parameter_like,
     node_name,
     tensors_in,
 )
 from mst_fx.inductor import is_plain_fake
-from mst_fx.regions.producers import may_join
+from mst_fx.regions.producers import is_shared, may_join, ways_back
 from mst_fx.rowform.rows import same_shape
 
 MOST_NODES = 40
@@ -90,21 +89,9 @@ class _Surroundings:
 
     def in_front(self, tokens: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
         """Go back from the amplifiers' input past a norm to the single value of its shape with the fewest bytes."""
-        taken: list[fx.Node] = []
         best: tuple[list[fx.Node], fx.Node | None] = [], None
         least = _itemsize(tokens)
-        frontier, sources = {tokens}, set()
-        for node in reversed(self.order[: self.order.index(tokens) + 1]):
-            if node not in frontier:
-                continue
-            frontier.remove(node)
-            only_here = all(u in self.members or u in taken for u in node.users)
-            if not (only_here and self._may_join(node) and len(taken) < MOST_NODES):
-                sources.add(node)
-                continue
-            taken.append(node)
-            frontier |= {n for n in node.all_input_nodes if not self._is_shared(n)}
-            ends = sources | frontier
+        for taken, ends in ways_back([tokens], self.members, self.outer, self._may_join, MOST_NODES):
             if len(ends) == 1 and any(map(_is_norm, taken)):
                 (end,) = ends
                 # Past the copy in fp32 that many norms make first: what it is made of is there anyway.
@@ -123,7 +110,7 @@ class _Surroundings:
             reads = node.all_input_nodes
             if not any(n is terminal or n in taken for n in reads):
                 continue
-            known = all(n is terminal or n in taken or n is entry or self._is_shared(n) for n in reads)
+            known = all(n is terminal or n in taken or n is entry or is_shared(n, self.outer) for n in reads)
             if not (known and self._may_join(node) and len(taken) < MOST_NODES):
                 break
             taken.append(node)
@@ -141,9 +128,6 @@ class _Surroundings:
 
     def _may_join(self, node: fx.Node) -> bool:
         return may_join(node, self.outer) and _is_plain(node)
-
-    def _is_shared(self, node: fx.Node) -> bool:
-        return not tensors_in(fake(node)) or is_parameter_like(node, self.outer)
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -117,6 +117,8 @@ class Lifter:
     def __init__(self, region: Region, fake_mode: Any, beside: Producers | None = None) -> None:
         self.region, self.fake_mode, self.beside = region, fake_mode, beside or Producers()
         self.builder = RowBuilder()
+        self.absorbed: list[fx.Node] = []
+        """Nodes in front of the region that the loop computes."""
         self.outer: dict[int, fx.Node] = {}
         self.rows: dict[fx.Node, Row] = {}
         self.states = grad_states(region.module)
@@ -131,7 +133,7 @@ class Lifter:
         projections = (read_projection(n, self.region.outer) for n in members)
         weights = {p.weight for p in projections if p is not None} - members
         absorbed = {n for w in weights for n in dequantisation(w, self.region.outer)} | self.beside.nodes
-        self.region.absorbed = [n for n in self.region.module.graph.nodes if n in absorbed]
+        self.absorbed = [n for n in self.region.module.graph.nodes if n in absorbed]
         entry = fake_tensor(self.region.fold.entry)
         if entry is not None:
             self.builder.bind(entry, self.builder.chunked(entry, self.region.fold.kinds))
@@ -251,12 +253,8 @@ def lift(region: Region, fake_mode: Any) -> Lifted | Mismatch:
     fed = {p.tokens for p in region.projections.values()} | {region.fold.entry}
     wide = {i.node: i.live_in.kinds or () for i in lifted.chunked if i.is_wide and i.node not in fed}
     beside = narrower(wide, set(region.nodes), region.outer) if wide else None
-    absorbed = region.absorbed
     again = _lift(region, fake_mode, beside) if beside is not None else None
-    if isinstance(again, Lifted):
-        return again
-    region.absorbed = absorbed
-    return lifted
+    return again if isinstance(again, Lifted) else lifted
 
 
 def _lift(region: Region, fake_mode: Any, beside: Producers | None = None) -> Lifted | Mismatch:

@@ -4,13 +4,13 @@
     a wide value of the tokens from narrower ones:  F.cross_entropy(logits, F.one_hot(y, V) * 0.9 + 0.1 / V)
 
 Inductor would fuse either into what reads it; a loop it can't look into, so that all of it would be an input. Neither
-has a gradient, nor any reader but the region: else it is there anyway. What is found here is only proposed: the region
-is lifted with it, which proves that it is token-wise.
+has a gradient, and a value of the tokens no reader but the region: else it is there anyway. What is found here is only
+proposed: the region is lifted with it, which proves that it is token-wise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,51 @@ def may_join(node: fx.Node, outer: dict[fx.Node, fx.Node]) -> bool:
     """Whether a node may be computed in a loop that another region's nodes are in: no product, draw or side effect."""
     if node.op not in ("call_function", "call_method") or is_autocast_switch(node) or is_in_place(node):
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator | torch._ops.OpOverload):
+    if isinstance(node.target, torch._ops.HigherOrderOperator | torch._ops.OpOverload) or communicates(node):
         return False
     values = tensors_in(fake(node))
     if not values or not all(map(is_plain_fake, values)):
         return False
     return read_projection(node, outer) is None and not draws(node)
+
+
+def is_shared(node: fx.Node, outer: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a node is no value of the tokens for certain: a number, or made of parameters."""
+    return not tensors_in(fake(node)) or is_parameter_like(node, outer)
+
+
+def ways_back(
+    starts: Collection[fx.Node],
+    members: Collection[fx.Node],
+    outer: dict[fx.Node, fx.Node],
+    joins: Callable[[fx.Node], bool],
+    most: int,
+) -> Iterator[tuple[list[fx.Node], set[fx.Node]]]:
+    """Go back from what a region reads, a node at a time, through what nothing but the region reads.
+
+    Args:
+        starts: Values that the region reads.
+        members: The region's nodes.
+        outer: For a checkpointed block, its placeholders -> the caller's values.
+        joins: Whether a node may be taken into the region.
+        most: How many may be.
+
+    Yields:
+        The nodes taken so far, the last first, and the values of the tokens that they are computed from.
+    """
+    taken: list[fx.Node] = []
+    frontier, sources = set(starts), set[fx.Node]()
+    for node in reversed(next(iter(starts)).graph.nodes):
+        if node not in frontier:
+            continue
+        frontier.remove(node)
+        only_here = all(u in members or u in taken for u in node.users)
+        if not (only_here and len(taken) < most and joins(node)):
+            sources.add(node)
+            continue
+        taken.append(node)
+        frontier |= {n for n in node.all_input_nodes if not is_shared(n, outer)}
+        yield [*taken], sources | frontier
 
 
 def dequantisation(node: fx.Node, outer: dict[fx.Node, fx.Node]) -> list[fx.Node]:
@@ -111,35 +150,26 @@ def narrower(
     Returns:
         What takes part, or None where that would save little.
     """
-    counts = {sum(kinds) for kinds in wide.values() if kinds == tuple(sorted(kinds, reverse=True))}
-    if len(counts) != 1 or any(kinds != tuple(sorted(kinds, reverse=True)) for kinds in wide.values()):
-        return None
-    taken: list[fx.Node] = []
-    frontier, sources = set(wide), set[fx.Node]()
-    least, best = WORTH * sum(map(_bytes, wide)), None
-    first = next(iter(wide))
-    for node in reversed(first.graph.nodes):
-        if node not in frontier:
-            continue
-        frontier.remove(node)
-        only_here = all(u in members or u in taken for u in node.users)
+    counts = {sum(kinds) if all(kinds[: sum(kinds)]) else 0 for kinds in wide.values()}
+    if len(counts) != 1 or 0 in counts:
+        return None  # tokens do not come first, or not in as many dimensions everywhere
+
+    def joins(node: fx.Node) -> bool:
         # What is made of parameters under no_grad has no gradient here, and would get one in the loop.
         trains = any(v.requires_grad for n in (node, *node.all_input_nodes) for v in tensors_in(fake(n)))
-        joins = only_here and not trains and may_join(node, outer) and not communicates(node)
-        if not joins or len(taken) == MOST_NODES:
-            sources.add(node)
-            continue
-        taken.append(node)
-        frontier |= {n for n in node.all_input_nodes if tensors_in(fake(n)) and not is_parameter_like(n, outer)}
-        ends = sources | frontier
+        return not trains and may_join(node, outer)
+
+    least, best = WORTH * sum(map(_bytes, wide)), None
+    for taken, ends in ways_back(wide, members, outer, joins, MOST_NODES):
         if not ends & members and (held := sum(map(_bytes, ends))) < least:
-            least, best = held, (list(taken), ends)
+            least, best = held, (taken, ends)
     if best is None or _change(best[0]):
         return None
-    (count,), (value, *_) = counts, [v for v in map(fake_tensor, wide) if v is not None]
-    tokens = numel(value.shape[:count])
-    leaves = {n: kinds for n in best[1] if (kinds := wide.get(n) or _kinds(n, tokens))}
-    return Producers(frozenset(best[0]), leaves)
+    nodes, ends = best
+    value = fake(next(iter(wide)))
+    tokens = numel(value.shape[: counts.pop()])
+    leaves = {n: kinds for n in ends if (kinds := wide.get(n) or _kinds(n, tokens))}
+    return Producers(frozenset(nodes), leaves)
 
 
 def _kinds(node: fx.Node, tokens: Any) -> tuple[bool, ...] | None:

@@ -53,8 +53,6 @@ class Region:
     terminals: list[fx.Node] = field(default_factory=list)
     leaving: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     """(wide value, reader outside) for readers that return the value from the graph."""
-    absorbed: list[fx.Node] = field(default_factory=list)
-    """Dequantisation of weights in front of the region, computed inside the loop once it is lifted."""
     problems: list[Mismatch] = field(default_factory=list)
     source: str = ""
     """Where in the user's code the first amplifier is."""

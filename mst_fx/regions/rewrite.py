@@ -36,7 +36,7 @@ from mst_fx.graph import (
 from mst_fx.inductor import is_plain_fake
 from mst_fx.regions.lift import Input, Lifted, Output
 from mst_fx.regions.losses import LossCall, count, none_counts, read_by_count, sum_dtype, with_labels
-from mst_fx.regions.region import Region, module_stack, region_key
+from mst_fx.regions.region import module_stack, region_key
 from mst_fx.regions.strides import laid_out, strides_matter
 from mst_fx.report import Mismatch
 from mst_fx.rowform.rows import same_size
@@ -243,7 +243,7 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
             node.meta["mst_region"] = region_key(lifted.region)
             if stack:
                 node.meta["nn_module_stack"] = stack
-    erase_region(lifted.region, lifted.dead)
+    erase_region(lifted)
 
 
 def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
@@ -351,10 +351,11 @@ def _unflatten(graph: fx.Graph, lifted: Lifted, output: Output, value: fx.Node, 
     return value
 
 
-def erase_region(region: Region, dead: Sequence[fx.Node] = ()) -> None:
-    """Erase what nothing reads any more of a region, behind it and of the dequantisation in front of it."""
-    erase_dead(region.module.graph, [*region.nodes, *dead])
-    erase_dead(region.module.graph, region.absorbed)
+def erase_region(lifted: Lifted) -> None:
+    """Erase what nothing reads any more of a region, behind it and of what its loop computes that it was given."""
+    graph = lifted.region.module.graph
+    erase_dead(graph, [*lifted.region.nodes, *lifted.dead])
+    erase_dead(graph, lifted.lifter.absorbed)
 
 
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
