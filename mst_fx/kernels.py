@@ -4,7 +4,9 @@ Facts this file rests on (seen on 2.11 and 2.13):
     * Inductor's generated module starts the compilers of all its kernels when it is loaded, which is after the whole
       graph has been lowered, and waits for them at its end.
     * Its functions look kernels up in the module's globals only when they run.
-    * A kernel is known by its source: asked for twice, it is compiled once.
+    * A kernel is known by its source and the compiler's flags: asked for twice, it is compiled once.
+    * A set of vector instructions changes its own flags while it is probed. Probed by two threads it keeps some twice,
+      and every kernel is compiled again in the next process.
 """
 
 from __future__ import annotations
@@ -86,20 +88,39 @@ def prepare() -> None:
     """Start in the background what Inductor asks the C++ compiler once per process, for Dynamo to trace meanwhile.
 
     That is which vector instructions work, where Inductor asks for one set after another (here side by side), and
-    what its header comes to, with which every kernel is compiled. Torch keeps the answers, in the process and on disk.
-    Its hash of its own sources is not asked for: it is made under a lock, which a forked process would find held. For
-    the locks that are taken here, files' and imports', a fork waits until they are free.
+    what its header comes to, with which every kernel is compiled. Torch keeps the answers, in the process and on disk;
+    whoever asks for the vector instructions meanwhile waits. Torch's hash of its own sources is not asked for: it is
+    made under a lock, which a forked process would find held. For the locks that are taken here, files' and imports',
+    a fork waits until they are free.
     """
     if torch.cuda.is_available():
         return
-    thread = threading.Thread(target=_prepare, daemon=True)
+    find = cpu_vec_isa.valid_vec_isa_list
+
+    def wait() -> None:
+        if threading.current_thread() is not thread:
+            thread.join(_LONGEST_WAIT)
+
+    def found_by_probes() -> list[cpu_vec_isa.VecISA]:
+        wait()
+        return find()
+
+    def run() -> None:
+        try:
+            _prepare()
+        finally:
+            asked.stop()
+
+    asked = mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", found_by_probes)
+    thread = threading.Thread(target=run, daemon=True)
+    asked.start()
     thread.start()
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lambda: None if threading.current_thread() is thread else thread.join(_LONGEST_WAIT))
+        os.register_at_fork(before=wait)
 
 
 _LONGEST_WAIT = 60.0
-"""Seconds that a fork waits; probing takes less than ten."""
+"""Seconds that one waits for the probes, which take less than ten."""
 
 
 def _prepare() -> None:
