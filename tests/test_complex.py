@@ -98,3 +98,19 @@ def test_promise_is_tried_with_complex_parameters() -> None:
     options = {**SMALL, "mst.verify_tokenwise": True}
     with pytest.raises(Exception, match="is not token-wise"):
         torch.compile(mst_fx.tokenwise(Rotated(mixes=True)), backend="mst", options=options)(torch.randn(T, H))
+
+
+def test_complex_projections_are_listed_with_the_reason() -> None:
+    torch.manual_seed(0)
+    up, down = (torch.randn(*s, dtype=torch.complex128, requires_grad=True) for s in ((H, I), (I, H)))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return (F.relu((x @ up).abs()) * (x @ up) @ down).abs().sum()
+
+    x = torch.randn(T, H, dtype=torch.complex128)
+    losses = [fn(x) for fn in (run, torch.compile(run, backend="mst", options=SMALL))]
+    truth, grads = (torch.autograd.grad(loss, [up, down]) for loss in losses)
+    regions = mst_fx.reports()[-1].regions
+    assert [r.status for r in regions] == ["skipped"] * 2
+    assert all("multiplies complex numbers" in r.reason for r in regions)
+    torch.testing.assert_close(grads, truth)

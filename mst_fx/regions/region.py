@@ -22,7 +22,17 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from mst_fx.graph import fake, fake_tensor, is_parameter_like, layout_root, node_name, source_of, storages, walking
+from mst_fx.graph import (
+    fake,
+    fake_tensor,
+    is_differentiable,
+    is_parameter_like,
+    layout_root,
+    node_name,
+    source_of,
+    storages,
+    walking,
+)
 from mst_fx.inductor import is_plain_fake
 from mst_fx.regions.fold import Fold
 from mst_fx.regions.losses import per_token, read_total
@@ -143,7 +153,7 @@ class Walk:
         """Extend regions by one node, or note why they end."""
         inputs = [n for n in node.all_input_nodes if n in self.wide]
         projection = read_projection(node, self.outer)
-        if projection is not None and self._amplifies(node, projection):
+        if projection is not None and self._amplifies(node, projection) and not (inputs and _is_complex(node)):
             for n in inputs:
                 region = self.wide[n]
                 if n is projection.tokens:
@@ -223,7 +233,7 @@ class Walk:
     def _amplifies(self, node: fx.Node, projection: Projection) -> bool:
         """Whether a projection widens what it is given, and that is no weight itself (a low-rank update of one)."""
         out = fake_tensor(node)
-        if out is None or not out.is_floating_point() or projection.growth <= AMPLIFICATION:
+        if out is None or not is_differentiable(out.dtype) or projection.growth <= AMPLIFICATION:
             return False
         return not is_parameter_like(projection.tokens, self.outer)
 
@@ -233,6 +243,8 @@ class Walk:
         region = Region(self.module, _features(value, kinds), self.outer, amplifiers=[node])
         region.projections[node] = projection
         problem = self._illegal_input(projection)
+        if _is_complex(node):
+            problem = "it multiplies complex numbers, which is not supported"
         previous, result = self.builder.lookup(value), None
         try:
             if problem is None:
@@ -342,6 +354,11 @@ def widens(node: fx.Node) -> bool:
     projection = read_projection(node)
     out = fake_tensor(node)
     return projection is not None and out is not None and out.is_floating_point() and projection.growth > AMPLIFICATION
+
+
+def _is_complex(node: fx.Node) -> bool:
+    out = fake_tensor(node)
+    return out is not None and out.is_complex()
 
 
 def _features(value: Any, kinds: tuple[bool, ...]) -> int:
