@@ -11,6 +11,7 @@ off. It covers exactly the inputs that need gradients, so a frozen weight costs 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -123,7 +124,13 @@ class Backward:
     """Shared input (counted from 0) -> the terms of its gradient."""
     differentiable: tuple[int, ...]
     """The body's outputs that a tangent comes to, in the tangents' order; empty for a sum, which takes none."""
+    reaches: tuple[frozenset[int], ...] = ()
+    """For each of those outputs the inputs, chunked ones first, that its gradient comes to."""
     example_inputs: Sequence[Any] = field(repr=False, default=())
+
+    def positions(self, num_chunked: int) -> list[int]:
+        """Return the inputs that have a gradient, chunked ones first, in the order in which gradients come."""
+        return [*self.chunked, *(num_chunked + i for i in self.shared)]
 
 
 def trace_forward(body: Body, rows: int) -> tuple[fx.GraphModule, list[Any]]:
@@ -138,8 +145,9 @@ def trace_backward(body: Body, rows: int) -> Backward | None:
         return None
     inputs = symbolic_inputs(body, rows)
     with _made_fake(inputs):
-        _, outs = _run_with_grad(body, inputs)
-    differentiable = tuple(i for i, o in enumerate(outs) if o.requires_grad)
+        leaves, outs = _run_with_grad(body, inputs)
+        differentiable = tuple(i for i, o in enumerate(outs) if o.requires_grad)
+        reaches = tuple(_reached(body, leaves, outs[i]) for i in differentiable) if len(differentiable) > 1 else ()
     if not differentiable:
         return None
     # The loop hands rows over contiguous, however the forward lays its results out.
@@ -151,7 +159,14 @@ def trace_backward(body: Body, rows: int) -> Backward | None:
         return list(torch.autograd.grad([results[i] for i in differentiable], leaves, list(ts), allow_unused=True))
 
     graph = _trace(gradients, [*inputs, *tangents])
-    return _peel(body, graph, [*inputs, *tangents], leading=0, differentiable=differentiable)
+    found = _peel(body, graph, [*inputs, *tangents], leading=0, differentiable=differentiable)
+    return dataclasses.replace(found, reaches=reaches or (frozenset(found.positions(len(body.chunked))),))
+
+
+def _reached(body: Body, leaves: Sequence[torch.Tensor], out: torch.Tensor) -> frozenset[int]:
+    """Return the inputs that a gradient of one output comes to."""
+    gradients = torch.autograd.grad(out, leaves, torch.empty_like(out), retain_graph=True, allow_unused=True)
+    return frozenset(i for i, g in zip(body.needs, gradients, strict=True) if g is not None)
 
 
 def trace_sum(body: Body, rows: int) -> Backward:
@@ -235,7 +250,7 @@ def _peel(
     output.args = (tuple(kept),)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Backward(graph, chunked, shared, differentiable, inputs)
+    return Backward(graph, chunked, shared, differentiable, example_inputs=inputs)
 
 
 def _terms(graph: fx.Graph, node: fx.Node, chain: list[fx.Node]) -> list[tuple[list[fx.Node], Any, Any]]:

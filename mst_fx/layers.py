@@ -47,7 +47,7 @@ from mst_fx.graph import (
     source_of,
     storages,
 )
-from mst_fx.inductor import fake_mode_of, is_plain_fake, writes_not_looked_for
+from mst_fx.inductor import apart_from_autograd_settings, fake_mode_of, is_plain_fake, writes_not_looked_for
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def _block(node: fx.Node) -> tuple[Any, ...] | None:
     return _written(holders, [n for n in nodes if n.op != "placeholder"], results)
 
 
+@apart_from_autograd_settings()
 def share_layers(module: fx.GraphModule) -> int:
     """Replace equal layers by calls of one graph, in place; return how many were replaced.
 

@@ -134,6 +134,11 @@ def _map_backward(ctx: Any, grads: Any) -> Any:
     saved = ctx.saved_tensors
     chunked, shared, seed = list(saved[:n]), list(saved[n : n + m]), saved[n + m] if len(saved) > n + m else None
     found = BODIES[ctx.body]
+    assert found.plan is not None
+    come = zip(found.differentiable, found.plan.reaches, strict=True)
+    reached = frozenset().union(*(inputs for i, inputs in come if grads[i] is not None))
+    if not reached:  # all that was made of the outputs is detached
+        return [None] * n, [None] * m, None, None, None
     tangents = []
     for i in found.differentiable:
         shape, dtype = found.outputs[i]
@@ -141,7 +146,7 @@ def _map_backward(ctx: Any, grads: Any) -> Any:
             chunked[0].new_zeros((chunked[0].shape[0], *shape), dtype=dtype) if grads[i] is None else grads[i]
         )
     results = torch.ops.mst_fx.map_backward(tangents, chunked, shared, seed, ctx.body, ctx.chunk_tokens)
-    return *_spread(found, results, n, m), None, None, None
+    return *_spread(found, results, n, m, reached), None, None, None
 
 
 torch.library.register_autograd("mst_fx::map", _map_backward, setup_context=_map_setup)
@@ -302,14 +307,15 @@ def _fake_gradients(found: CompiledBody, chunked: Any, shared: Any) -> list[torc
     return gradients + [shared[i].new_empty(shared[i].shape) for i in found.plan.shared]
 
 
-def _spread(found: CompiledBody, results: Any, n: int, m: int) -> tuple[list[Any], list[Any]]:
+def _spread(
+    found: CompiledBody, results: Any, n: int, m: int, reached: frozenset[int] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Put gradients where their inputs are; an input that none of the outputs' gradients comes to has none."""
     assert found.plan is not None
-    chunked: list[Any] = [None] * n
-    shared: list[Any] = [None] * m
-    slots = [(chunked, i) for i in found.plan.chunked] + [(shared, i) for i in found.plan.shared]
-    for (where, i), value in zip(slots, results, strict=True):
-        where[i] = value
-    return chunked, shared
+    gradients: list[Any] = [None] * (n + m)
+    for i, value in zip(found.plan.positions(n), results, strict=True):
+        gradients[i] = value if reached is None or i in reached else None
+    return gradients[:n], gradients[n:]
 
 
 def _rows(tensors: Sequence[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:

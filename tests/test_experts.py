@@ -371,24 +371,3 @@ def test_counts_for_a_buffer_shares_by_gather_and_sums_onto_the_shared_expert(k:
     ours = check_exact(net, token_inputs())
     assert chunked(ours.report, "mlp") == 1, str(ours.report)
     assert net.tokens_per_expert.sum() == 2 * 46 * k  # pyright: ignore  once plain, once ours
-
-
-def test_matrices_taken_per_token_and_expert_are_told() -> None:
-    """As gpt-fast has them: the widest values there are, in a spelling that is not followed."""
-
-    class Taken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(H, E)
-            self.up, self.down = nn.Parameter(torch.randn(E, H, I)), nn.Parameter(torch.randn(E, I, H))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            weights, ids = self.gate(x).softmax(-1).topk(K, -1)
-            y = F.silu(torch.einsum("td,tkdi->tki", x, self.up[ids]))
-            return torch.einsum("tki,tkid,tk->td", y, self.down[ids], weights).square().mean()
-
-    fn = torch.compile(Taken(), backend="mst", options={"mst.chunk_tokens": 16, "mst.compiler": "aot_eager"})
-    fn(torch.randn(46, H)).backward()
-    (region,) = mst_fx.reports()[-1].regions
-    assert (region.status, region.tokens) == ("skipped", 46 * K)
-    assert "a matrix per token and expert" in region.reason

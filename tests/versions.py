@@ -6,6 +6,8 @@ A probe returns "" where they can, else a sentence: what is missing. ``require(p
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import transformers
 import transformers.integrations.moe
 from torch import nn
+from torch._dynamo.utils import counters
 
 VERSIONS = f"torch {torch.__version__}, Transformers {transformers.__version__}"
 
@@ -95,3 +98,36 @@ def traces_stored_apply() -> None:
 def traces_requires_grad() -> None:
     with torch.no_grad():
         plain(lambda x: (2 * x).requires_grad_() + 1, fullgraph=True)(torch.randn(3))
+
+
+@probe("Dynamo does not see parameters that were swapped for those of another dtype")
+def sees_swapped_parameters() -> bool:
+    table = nn.Embedding(4, 4)
+    fn, ids, graphs = plain(table), torch.arange(4), counters["stats"]["unique_graphs"]
+    fn(ids).sum().backward()
+    table.zero_grad(set_to_none=True)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        table.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    fn(ids)
+    return counters["stats"]["unique_graphs"] == graphs + 2
+
+
+_INFERENCE = """
+import torch
+layer = torch.nn.Linear(4, 4)
+def run(x):
+    h = layer(x)
+    with torch.inference_mode():
+        y = layer(h).argmax(-1)
+    return h.sum(), y
+torch.compile(run, backend="aot_eager", fullgraph=True)(torch.randn(3, 4))[0].backward()
+"""
+
+
+@probe("plain torch.compile fails on inference_mode within a graph, and leaves torch unable to form gradients")
+def traces_inference_mode() -> bool:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _INFERENCE], capture_output=True, timeout=300)
+    return done.returncode == 0

@@ -43,6 +43,8 @@ from mst_fx.rowform.slots import SlotBuilder, SlotRow, SlotTracer
 _LAYOUT = {"view", "reshape", "flatten", "contiguous", "to", "float", "long", "int", "type_as", "expand", "unsqueeze",
            "repeat_interleave", "clone", "half", "bfloat16", "detach"}  # fmt: skip
 
+_NUMBERED = {*_LAYOUT, "clamp", "clip", "clamp_min", "clamp_max"}
+"""What an expert's numbers may go through before matrices are taken by them."""
 _FLATTENS = {"view", "reshape", "flatten"}
 _ROOM = {"zeros", "empty", "new_zeros", "new_empty"}
 
@@ -154,7 +156,7 @@ class Experts:
     def _begin(self) -> bool:
         """Find the ``[*tokens, k]`` that the entry flattens."""
         chain, node = [], self.entry
-        while fake(node) is not None and node_name(node) in _LAYOUT and len(node.all_input_nodes) == 1:
+        while fake(node) is not None and node_name(node) in _NUMBERED and len(node.all_input_nodes) == 1:
             chain.append(node)
             node = node.all_input_nodes[0]
             value = fake_tensor(node)

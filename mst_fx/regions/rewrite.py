@@ -9,6 +9,7 @@ values that nothing but their inputs decides.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -220,8 +221,9 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
     graph = lifted.region.module.graph
     known = set(graph.nodes)
     with graph.inserting_before(place):
-        rows = [_as_rows(graph, i) for i in lifted.chunked]
-        shared = [_as_shared(graph, i) for i in lifted.shared] + _hoist(graph, lifted)
+        chunked, given_whole = _detached(graph, lifted, ops.BODIES[body])
+        rows = [_as_rows(graph, i) for i in chunked]
+        shared = [_as_shared(graph, i) for i in given_whole] + _hoist(graph, lifted)
         seed = None
         if lifted.body.has_seed:
             seed = graph.call_function(torch.randint, (2**62, ()), {"device": "cpu"})
@@ -244,6 +246,23 @@ def replace(lifted: Lifted, place: fx.Node, op: str, body: str, chunk_tokens: in
             if stack:
                 node.meta["nn_module_stack"] = stack
     erase_region(lifted)
+
+
+def _detached(graph: fx.Graph, lifted: Lifted, body: ops.CompiledBody) -> tuple[list[Input], list[Input]]:
+    """Detach the inputs that the body has no gradient for: what they are made of gets none then, rather than zeros.
+
+    Torch makes up zeros where a node with a backward of its own gets no gradient, and an optimizer moves what has some.
+    """
+    inputs = [*lifted.chunked, *lifted.shared]
+    given = set(body.plan.positions(len(lifted.chunked))) if body.plan else set()
+    for i in lifted.body.needs:
+        if i < len(inputs) and i not in given:
+            value = fake_tensor(inputs[i].node)
+            assert value is not None
+            node = graph.call_method("detach", (inputs[i].node,))
+            node.meta["example_value"] = value.detach()
+            inputs[i] = dataclasses.replace(inputs[i], node=node)
+    return inputs[: len(lifted.chunked)], inputs[len(lifted.chunked) :]
 
 
 def _as_rows(graph: fx.Graph, source: Input) -> fx.Node:
