@@ -102,13 +102,25 @@ def rows_log_softmax(s: Any, x: Tensor, labels: Tensor) -> Tensor:
     return -mean_of(torch.stack(logp), s.mask)
 
 
+def given_negatives(s: Any, x: Tensor, labels: Tensor) -> Tensor:
+    """A sampled softmax: rows of the head for numbers that are an input, shared by all tokens."""
+    table = s.head.weight[labels[0].clamp(min=0)]
+    return (F.linear(x, table).logsumexp(-1) - (x * s.head.weight[labels.clamp(min=0)]).sum(-1)).mean()
+
+
+def negatives_of_the_batch(s: Any, x: Tensor, labels: Tensor) -> Tensor:
+    """InfoNCE: as many rows as tokens."""
+    table = F.embedding(labels.clamp(min=0).flatten(), s.head.weight)
+    return F.cross_entropy(x.flatten(0, 1) @ table.t() / 0.3, torch.arange(T))
+
+
 # name -> (loss, losses chunked)
 LEGAL: dict[str, tuple[Callable[..., Tensor], int]] = {
     f.__name__: (f, count)
     for f, count in [
         (vocabulary, 1), (vectors, 1), (labels_masked, 1), (smoothed, 1), (margin, 1), (picked, 1),
         (picked_in_three_dimensions, 1), (taken, 1), (narrowed, 1), (halves, 2), (last_token, 1), (rows_logsumexp, 1),
-        (rows_log_softmax, 1),
+        (rows_log_softmax, 1), (given_negatives, 1), (negatives_of_the_batch, 1),
     ]
 }  # fmt: skip
 

@@ -275,7 +275,8 @@ class Walk:
             return f"a {subclass} is a tensor subclass, which is not supported"
         # One matrix may be an input of the graph; one for each of several batches is then as likely keys or values.
         single = projection.kinds.count(False) == len(projection.contracted)
-        given = single and layout_root(weight).op in ("placeholder", "get_attr")
+        root = layout_root(weight)
+        given = single and (root.op in ("placeholder", "get_attr") or _picks_rows(root, self.outer))
         if not given and not is_parameter_like(weight, self.outer):
             both = "multiplies two values of the tokens with each other"
             return both if len(projection.kinds) < 3 else f"{both} (attention)"  # a contrastive loss has no batches
@@ -354,6 +355,15 @@ def widens(node: fx.Node) -> bool:
     projection = read_projection(node)
     out = fake_tensor(node)
     return projection is not None and out is not None and out.is_floating_point() and projection.growth > AMPLIFICATION
+
+
+def _picks_rows(node: fx.Node, outer: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a node picks rows of a parameter by given numbers, as of the negatives of a sampled softmax."""
+    if node_name(node) not in ("getitem", "index_select", "embedding"):
+        return False
+    tables = [n for n in node.all_input_nodes if is_parameter_like(n, outer)]
+    numbers = [fake_tensor(n) for n in node.all_input_nodes if n not in tables]
+    return len(tables) == 1 and all(v is not None and not is_differentiable(v.dtype) for v in numbers)
 
 
 def _is_complex(node: fx.Node) -> bool:
