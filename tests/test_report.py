@@ -149,6 +149,23 @@ def test_nothing_is_chunked_under_the_cpp_wrapper() -> None:
     assert "cpp_wrapper" in str(report)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention_written_by_hand_is_named_so(dynamic: bool) -> None:
+    class ByHand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, 48) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).view(*x.shape[:2], 4, 12).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return ((q @ k.transpose(-1, -2) / 3).softmax(-1) @ v).square().mean()
+
+    torch.compile(ByHand(), backend="mst", options=OPTIONS, dynamic=dynamic)(torch.randn(2, 24, 16))
+    regions = mst_fx.reports()[-1].regions
+    assert regions
+    assert all(r.is_attention for r in regions), str(mst_fx.reports()[-1])
+
+
 def test_a_product_of_two_inputs_is_no_attention() -> None:
     class Contrastive(nn.Module):
         def __init__(self) -> None:

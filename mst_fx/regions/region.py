@@ -28,6 +28,7 @@ from mst_fx.graph import (
     is_differentiable,
     is_parameter_like,
     layout_root,
+    ndim,
     node_name,
     source_of,
     storages,
@@ -319,6 +320,9 @@ class Walk:
         region.wide_features = max(region.wide_features, widest)
 
     def _leaves(self, value: fx.Node, node: fx.Node, why: str) -> Mismatch:
+        factors = [n for n in node.all_input_nodes if ndim(n) > 2 and not is_parameter_like(n, self.outer)]
+        if node_name(node) in ("matmul", "bmm") and len(factors) > 1:
+            why = "multiplies two values of the tokens with each other (attention)"
         return Mismatch(f"{_title(node)} {why} ({source_of(node)})", source_of(node))
 
 
