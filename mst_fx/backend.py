@@ -111,7 +111,6 @@ _PIECE = (
 def _publish(report: Report, number: int) -> None:
     """Put a report where torch puts its own: the structured trace, and the debug folder."""
 
-    @inductor.apart_from_autograd_settings()
     def diff() -> str:
         return report.diff(backward=True, estimate=False)
 

@@ -131,14 +131,14 @@ def _map_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _map_backward(ctx: Any, grads: Any) -> Any:
     n, m = ctx.counts
-    saved = ctx.saved_tensors
-    chunked, shared, seed = list(saved[:n]), list(saved[n : n + m]), saved[n + m] if len(saved) > n + m else None
     found = BODIES[ctx.body]
     assert found.plan is not None
     come = zip(found.differentiable, found.plan.reaches, strict=True)
     reached = frozenset().union(*(inputs for i, inputs in come if grads[i] is not None))
-    if not reached:  # all that was made of the outputs is detached
+    if not reached:  # all is detached behind it; asked for what was saved, a checkpoint would recompute
         return [None] * n, [None] * m, None, None, None
+    saved = ctx.saved_tensors
+    chunked, shared, seed = list(saved[:n]), list(saved[n : n + m]), saved[n + m] if len(saved) > n + m else None
     tangents = []
     for i in found.differentiable:
         shape, dtype = found.outputs[i]

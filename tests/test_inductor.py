@@ -61,37 +61,35 @@ def test_a_fork_waits_for_what_holds_locks() -> None:
     assert done.stdout.strip() == "0", done.stderr
 
 
-ASKED_WHILE_PROBED = """
-import threading, time
-from torch._inductor import cpu_vec_isa
-from mst_fx import kernels
-probing, inside, both = threading.Event(), [], []
-class Probed:
-    def __bool__(self):
-        inside.append(self)
-        both.append(len(inside))
-        probing.set()
-        time.sleep(0.5)
-        inside.remove(self)
-        return True
-    def __str__(self):
-        return ""
-cpu_vec_isa.supported_vec_isa_list[:] = [Probed()]
-find = cpu_vec_isa.valid_vec_isa_list
-kernels.prepare()
-assert probing.wait(60)
-assert len(cpu_vec_isa.valid_vec_isa_list()) == 1
-assert cpu_vec_isa.valid_vec_isa_list is find
-print(max(both))
-"""
-
-
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere nothing is probed")
 def test_vector_instructions_are_not_probed_by_two_threads_at_once() -> None:
     """They would keep flags twice, with which the next process finds no kernel that this one compiled."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ASKED_WHILE_PROBED], capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
-    assert done.stdout.strip() == "1", done.stderr
+    at_once = run_script(
+        """
+        import json, threading, time
+        from torch._inductor import cpu_vec_isa
+        from mst_fx import kernels
+        probing, inside, both = threading.Event(), [], []
+        class Probed:
+            def __bool__(self):
+                inside.append(self)
+                both.append(len(inside))
+                probing.set()
+                time.sleep(0.5)
+                inside.remove(self)
+                return True
+            def __str__(self):
+                return ""
+        cpu_vec_isa.supported_vec_isa_list[:] = [Probed()]
+        find = cpu_vec_isa.valid_vec_isa_list
+        kernels.prepare()
+        assert probing.wait(60)
+        assert len(cpu_vec_isa.valid_vec_isa_list()) == 1
+        assert cpu_vec_isa.valid_vec_isa_list is find
+        print(json.dumps(max(both)))
+        """
+    )
+    assert at_once == 1
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])

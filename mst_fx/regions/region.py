@@ -40,7 +40,7 @@ from mst_fx.regions.losses import per_token, read_total
 from mst_fx.regions.projections import Projection, contracts_over_tokens, read_projection
 from mst_fx.report import Mismatch
 from mst_fx.rowform.recorder import run_node
-from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, feature_shape
+from mst_fx.rowform.rows import ATTENTION, TWO_OF_TOKENS, MixesTokensError, Row, RowBuilder, feature_shape
 
 AMPLIFICATION = 1.25
 """Least ratio of output to input features that makes a projection an amplifier."""
@@ -244,8 +244,6 @@ class Walk:
         region = Region(self.module, _features(value, kinds), self.outer, amplifiers=[node])
         region.projections[node] = projection
         problem = self._illegal_input(projection)
-        if _is_complex(node):
-            problem = "it multiplies complex numbers, which is not supported"
         previous, result = self.builder.lookup(value), None
         try:
             if problem is None:
@@ -267,6 +265,8 @@ class Walk:
 
     def _illegal_input(self, projection: Projection) -> str | None:
         x, weight = projection.tokens, projection.weight
+        if _is_complex(x):
+            return "it multiplies complex numbers, which is not supported"
         if contracts_over_tokens(projection, self.outer):
             return "the projection itself mixes tokens: what it sums over was a token dimension before a transpose"
         subclass = next((type(v).__name__ for v in (fake_tensor(x), fake_tensor(weight)) if not is_plain_fake(v)), None)
@@ -279,8 +279,7 @@ class Walk:
         root = layout_root(weight)
         given = single and (root.op in ("placeholder", "get_attr") or _picks_rows(root, self.outer))
         if not given and not is_parameter_like(weight, self.outer):
-            both = "multiplies two values of the tokens with each other"
-            return both if len(projection.kinds) < 3 else f"{both} (attention)"  # a contrastive loss has no batches
+            return TWO_OF_TOKENS if len(projection.kinds) < 3 else ATTENTION  # a contrastive loss has no batches
         return None
 
     def _joined(self, inputs: list[fx.Node]) -> Region:
@@ -320,9 +319,9 @@ class Walk:
         region.wide_features = max(region.wide_features, widest)
 
     def _leaves(self, value: fx.Node, node: fx.Node, why: str) -> Mismatch:
-        factors = [n for n in node.all_input_nodes if ndim(n) > 2 and not is_parameter_like(n, self.outer)]
-        if node_name(node) in ("matmul", "bmm") and len(factors) > 1:
-            why = "multiplies two values of the tokens with each other (attention)"
+        if node_name(node) in ("matmul", "bmm"):
+            factors = [n for n in node.all_input_nodes if ndim(n) > 2 and not is_parameter_like(n, self.outer)]
+            why = ATTENTION if len(factors) > 1 else why
         return Mismatch(f"{_title(node)} {why} ({source_of(node)})", source_of(node))
 
 

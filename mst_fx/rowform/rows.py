@@ -35,6 +35,11 @@ class MixesTokensError(Exception):
     """The computation has no row form: it mixes tokens, or is not known to keep them apart."""
 
 
+TWO_OF_TOKENS = "multiplies two values of the tokens with each other"
+ATTENTION = f"{TWO_OF_TOKENS} (attention)"
+"""What a report knows attention by."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A token-wise value: which dimensions are tokens, and its row form ``[C, *features]``."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.rowform.rows import MixesTokensError, Row, RowBuilder, aten, is_one
+from mst_fx.rowform.rows import ATTENTION, TWO_OF_TOKENS, MixesTokensError, Row, RowBuilder, aten, is_one
 from mst_fx.rowform.rules.registry import rule
 
 
@@ -20,7 +20,7 @@ def _mm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) -
 def _product(b: RowBuilder, left: torch.Tensor, right: torch.Tensor, bias: Any = None) -> Row:
     x, y = b.row(left), b.row(right)
     if x is not None and y is not None:
-        raise MixesTokensError("multiplies two values of the tokens with each other")
+        raise MixesTokensError(TWO_OF_TOKENS)
     if x is not None and x.kinds == (True, False):
         weight = b.shared(right)
         if bias is not None:
@@ -50,7 +50,7 @@ def _bmm(b: RowBuilder, func: Any, args: Sequence[Any], kwargs: Any, outs: Any) 
     left, right = args
     x, y = b.row(left), b.row(right)
     if (x is None) == (y is None):
-        raise MixesTokensError("multiplies two values of the tokens with each other (attention)")
+        raise MixesTokensError(ATTENTION)
     if x is not None:
         return [_batched_product(b, x, left.shape, right, b.shared(right))]
     assert y is not None
